@@ -1,0 +1,11 @@
+"""The library's public face: one keyword-only function per verb, each returning a frozen record.
+
+>>> from qlora_tools import api
+>>> api.quantize(model="base", scheme="nf4")  # doctest: +SKIP
+"""
+
+from qlora_tools.verbs.doctor import Check, Diagnosis, doctor
+from qlora_tools.verbs.inspect import Group, Inspection, inspect
+from qlora_tools.verbs.quantize import QuantizeResult, quantize
+
+__all__ = ["Check", "Diagnosis", "Group", "Inspection", "QuantizeResult", "doctor", "inspect", "quantize"]

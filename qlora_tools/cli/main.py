@@ -1,0 +1,146 @@
+"""``qlt``: find the verb, run it, turn errors into one line, a hint and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import json
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+from qlora_tools import __version__
+from qlora_tools.errors import QltError
+
+#: Verbs in the order in which a newcomer meets them; each is ``cli/commands/<verb>.py`` with a click command named ``command``.
+VERBS = {
+    "extract": "Take a LoRA adapter out of a full fine-tune.",
+    "merge": "Merge adapters into a checkpoint, and requantize it if asked.",
+    "quantize": "Quantize a checkpoint to NF4 or int8, for stock transformers.",
+    "export": "Export an ONNX graph: fp32, int8 or int4.",
+    "bench": "Measure latency, memory and quality of exports.",
+    "eval": "Measure perplexity and divergence of checkpoints and exports.",
+    "inspect": "Say what a folder or file holds.",
+    "doctor": "Check this installation.",
+    "demo": "Train a small model and run the whole chain on it.",
+}
+
+EPILOG = """\b
+Examples:
+  qlt extract --base base/ --tuned tuned/ --rank 16
+  qlt export --merge --int8
+  qlt bench
+
+Exit codes: 0 done, 1 a check failed, 2 usage, 3 inputs do not fit together, 4 corrupt input,
+5 disk, 6 NaN or infinity, 7 output exists, 8 unsupported, 9 missing input, 130 interrupted.
+QLT_DEBUG=1 shows tracebacks.
+"""
+
+
+class Verbs(click.Group):
+    """Imports a verb's file only when that verb is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        module = importlib.import_module(f"qlora_tools.cli.commands.{cmd_name}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Verbs"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+@click.group(cls=Verbs, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="qlt")
+def group() -> None:
+    """Quantization-aware LoRA compression and export."""
+
+
+def main() -> NoReturn:
+    """Entry point of the ``qlt`` command."""
+    signal.signal(signal.SIGTERM, _terminate)
+    arguments = sys.argv[1:]
+    try:
+        group.main(arguments, prog_name="qlt", standalone_mode=False)
+        code = 0
+    except BaseException as error:
+        if os.environ.get("QLT_DEBUG") and not isinstance(error, (SystemExit, click.exceptions.Exit)):
+            raise
+        code = report(error, as_json="--json" in arguments)
+    _flush()
+    sys.exit(code)
+
+
+def report(error: BaseException, *, as_json: bool = False) -> int:
+    """Say what went wrong on standard error (and as JSON on standard output if asked) and return the exit code."""
+    if isinstance(error, click.exceptions.Exit):
+        return error.exit_code
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    if isinstance(error, click.UsageError):
+        error.show()
+        return 2
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    message, hint, code = explain(error)
+    click.echo(f"error: {message}", err=True)
+    if hint:
+        click.echo(f"hint: {hint}", err=True)
+    if as_json:
+        click.echo(json.dumps({"error": {"kind": type(error).__name__, "message": message, "hint": hint, "exit_code": code}}))
+    return code
+
+
+def explain(error: BaseException) -> tuple[str, str | None, int]:
+    """Message, hint and exit code of an exception."""
+    if isinstance(error, (KeyboardInterrupt, click.Abort)):
+        return "interrupted; nothing was left behind", None, 130
+    if isinstance(error, _Terminated):
+        return "terminated; nothing was left behind", None, 143
+    if isinstance(error, QltError):
+        return " ".join([str(error), *(f"({note})" for note in getattr(error, "__notes__", ()))]), error.hint, error.exit_code
+    if isinstance(error, MemoryError):
+        return "out of memory", "close other programs, or use a smaller model", 5
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EIO):
+        return str(error), "check the disk and its permissions", 5
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    return f"unexpected {type(error).__name__}: {error}{notes}", "this is a bug: run again with QLT_DEBUG=1 and report the traceback", 70
+
+
+class _Terminated(BaseException):
+    """SIGTERM, raised like Ctrl-C so that everything on the way out cleans up."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+def _flush() -> None:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def as_plain(value: Any) -> Any:
+    """Records, paths and tuples as what JSON knows."""
+    from dataclasses import fields, is_dataclass
+    from pathlib import Path
+
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: as_plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, dict):
+        return {str(key): as_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [as_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,78 @@
+"""Options that several verbs share, as decorators, and the :class:`Shared` record they fill."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from qlora_tools.cli.screen import Screen
+from qlora_tools.cli.session import Session
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What every verb gets: where to write, on which device, and how to speak."""
+
+    output: Path | None
+    force: bool
+    device: str
+    dry_run: bool
+    screen: Screen
+    session: Session
+
+    def written(self, output: Path, seconds: float) -> str:
+        """The last line of a verb that writes a folder."""
+        return f"dry run: would write {self.session.relative(output)}" if self.dry_run else f"wrote {self.session.relative(output)} in {seconds:.1f} s"
+
+
+def shared(function: F) -> F:
+    """``-o --force --device --json --dry-run -q``; the command gets one :class:`Shared` as its first argument."""
+
+    @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="Where to write. Default: a name made of inputs and setting.")
+    @click.option("--force", is_flag=True, help="Replace an output that qlt made before.")
+    @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to compute.")
+    @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+    @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
+    @click.option("-q", "--quiet", is_flag=True, help="No progress, no remarks.")
+    @functools.wraps(function)
+    def command(*args: Any, output: Path | None, force: bool, device: str, as_json: bool, dry_run: bool, quiet: bool, **kwargs: Any) -> Any:
+        screen = Screen(as_json=as_json, quiet=quiet)
+        return function(Shared(output, force, device, dry_run, screen, Session(Path.cwd())), *args, **kwargs)
+
+    return command  # type: ignore[return-value]
+
+
+def adapters_option(function: F) -> F:
+    """``--adapter PATH[=WEIGHT]``, repeatable."""
+    return click.option("--adapter", "adapters", multiple=True, metavar="DIR[=WEIGHT]", help="Adapter folder, with a weight if wanted; repeat for several.")(function)
+
+
+def weighted(adapters: tuple[str, ...]) -> list[tuple[str, float]]:
+    """``("x", "y=0.5")`` as ``[("x", 1.0), ("y", 0.5)]``.
+
+    Raises:
+        click.BadParameter: the weight is no number.
+    """
+    result = []
+    for text in adapters:
+        path, sign, weight = text.rpartition("=")
+        if not sign or Path(text).exists():
+            result.append((text, 1.0))
+            continue
+        try:
+            result.append((path, float(weight)))
+        except ValueError:
+            raise click.BadParameter(f"{weight!r} is not a weight", param_hint="--adapter") from None
+    return result
+
+
+def examples(*lines: str) -> str:
+    """An epilog of runnable lines."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)

@@ -1,0 +1,99 @@
+"""Everything the user sees: data on standard output, progress and remarks on standard error.
+
+Bars are drawn only when standard error is a terminal; with ``-q`` or ``--json`` remarks are dropped too.
+rich is imported at the first drawing, so that help texts stay fast.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from qlora_tools.progress import SILENT, Progress, Task
+
+
+class Screen:
+    """How one command speaks."""
+
+    def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
+        self.as_json = as_json
+        self.quiet = quiet
+
+    @property
+    def progress(self) -> Progress:
+        """Bars on a terminal, remarks alone elsewhere, nothing when quiet."""
+        if self.quiet:
+            return SILENT
+        return _Bars() if sys.stderr.isatty() else _Remarks()
+
+    def say(self, text: str = "") -> None:
+        """One line of the result, for people."""
+        if not self.as_json and not self.quiet:
+            click.echo(text)
+
+    def remark(self, text: str) -> None:
+        """One line beside the result, on standard error."""
+        if not self.quiet:
+            click.echo(text, err=True)
+
+    def result(self, record: Any, text: str = "") -> None:
+        """The result: JSON if asked, otherwise ``text`` (also with ``-q``, when it is all there is)."""
+        from qlora_tools.cli.main import as_plain
+
+        if self.as_json:
+            click.echo(json.dumps(as_plain(record), indent=2, sort_keys=True, default=str))
+        elif text:
+            click.echo(text)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> None:
+        """A table; the first ``left`` columns hold words, the others numbers."""
+        if self.as_json or self.quiet:
+            return
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+
+        drawn = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+        for position, column in enumerate(columns):
+            drawn.add_column(column, justify="left" if position < left else "right", overflow="fold")
+        for row in rows:
+            drawn.add_row(*row)
+        Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(drawn)
+
+
+class _Remarks:
+    """Notes as plain lines, no bars: standard error is a file or a pipe."""
+
+    @contextmanager
+    def task(self, title: str, total: float | None = None, unit: str = "") -> Iterator[Task]:
+        with SILENT.task(title, total, unit) as task:
+            yield task
+
+    def note(self, message: str) -> None:
+        click.echo(message, err=True)
+
+
+class _Bars(_Remarks):
+    """One rich bar per task, with bytes or counts, speed and the time left."""
+
+    @contextmanager
+    def task(self, title: str, total: float | None = None, unit: str = "") -> Iterator[Task]:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+        from rich.progress import Progress as RichProgress
+
+        counted = (DownloadColumn(), TransferSpeedColumn()) if unit == "B" else (MofNCompleteColumn(), TextColumn(unit))
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), *counted, TimeRemainingColumn(), TextColumn("[dim]{task.fields[label]}"))
+        with RichProgress(*columns, console=Console(stderr=True), transient=True) as drawn:
+            number = drawn.add_task(title or "working", total=total, label="")
+
+            class Bar:
+                def advance(self, amount: float = 1, label: str = "") -> None:
+                    drawn.update(number, advance=amount, label=label[-48:])
+
+            yield Bar()

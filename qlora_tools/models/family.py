@@ -1,0 +1,122 @@
+"""A model family: which of its tensors play which role, read from one JSON file.
+
+A family file holds (only ``model_type`` and ``roles`` are required)::
+
+    model_type   the value of ``model_type`` in config.json that this file serves
+    roles        role -> list of regular expressions over module paths; see ``Family.role``
+    tied         module -> module whose weight it shares when the config says ``tie_word_embeddings``
+    tied_default what ``tie_word_embeddings`` means when config.json does not hold it
+    transposed   regular expressions of modules that store [in, out] (GPT-2's Conv1D)
+    decoder      how the decoder is wired, for direct ONNX export; see ``models/decoder.py``
+
+A pattern matches a module path when it matches its whole tail: ``self_attn\\.q_proj`` matches
+``model.layers.3.self_attn.q_proj``. Roles are tried in the order of the file. A model whose type has no
+file uses ``generic.json``, whose patterns cover the names in common use.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib import resources
+from typing import Any
+
+from qlora_tools.errors import UsageError
+from qlora_tools.names import nearest, shortened, split_tensor
+
+GENERIC = "generic"
+ROLES = ("attn", "mlp", "expert", "embedding", "head", "norm")
+#: What ``--targets`` names: preset -> the roles whose linears it takes.
+TARGET_PRESETS: Mapping[str, tuple[str, ...]] = {"attn": ("attn",), "mlp": ("mlp",), "all": ("attn", "mlp", "other")}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family's facts. Build with :func:`family_of`."""
+
+    model_type: str
+    roles: Mapping[str, tuple[re.Pattern[str], ...]]
+    tied: Mapping[str, str] = field(default_factory=dict)
+    tied_default: bool = False
+    transposed: tuple[re.Pattern[str], ...] = ()
+    decoder: Mapping[str, Any] | None = None
+
+    def role(self, module: str) -> str:
+        """``attn``, ``mlp``, ``expert``, ``embedding``, ``head``, ``norm``, or ``other``: not named in the file."""
+        for role, patterns in self.roles.items():
+            if any(pattern.search(module) for pattern in patterns):
+                return role
+        return "other"
+
+    def is_transposed(self, module: str) -> bool:
+        """True when the module's weight is stored [in, out] instead of [out, in]."""
+        return any(pattern.search(module) for pattern in self.transposed)
+
+    def is_linear(self, tensor_name: str, shape: tuple[int, ...]) -> bool:
+        """True for the 2-D ``weight`` of a layer that multiplies activations: not an embedding, head or norm."""
+        module, leaf = split_tensor(tensor_name)
+        return leaf == "weight" and len(shape) == 2 and self.role(module) in ("attn", "mlp", "other")
+
+    def ties(self, config: Mapping[str, Any]) -> dict[str, str]:
+        """Tied tensor name -> the name of the tensor that holds its values, as this config has it."""
+        tie = config.get("tie_word_embeddings", self.tied_default)
+        return {f"{module}.weight": f"{owner}.weight" for module, owner in self.tied.items()} if tie else {}
+
+    def targets(self, wanted: str, modules: Iterable[str]) -> list[str]:
+        """The modules that ``wanted`` names: a preset (``attn``, ``mlp``, ``all``) or a regular expression over module paths.
+
+        Raises:
+            UsageError: not a regular expression, or nothing matches.
+        """
+        known = list(modules)
+        if wanted in TARGET_PRESETS:
+            chosen = [module for module in known if self.role(module) in TARGET_PRESETS[wanted]]
+        else:
+            try:
+                pattern = re.compile(wanted)
+            except re.error as error:
+                raise UsageError(f"--targets {wanted!r} is neither a preset nor a regular expression: {error}", hint=f"presets: {', '.join(TARGET_PRESETS)}") from error
+            chosen = [module for module in known if pattern.search(module)]
+        if not chosen:
+            leaves = sorted({module.rpartition(".")[2] for module in known})
+            close = nearest(wanted, leaves)
+            hint = f"did you mean {', '.join(close)}?" if close else f"modules of this model end in: {shortened(leaves, 12)}"
+            raise UsageError(f"--targets {wanted!r} matches none of {len(known)} modules", hint=hint)
+        return chosen
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family for a config.json; the generic one when its ``model_type`` has no file."""
+    model_type = str(config.get("model_type", GENERIC))
+    return _load(model_type if model_type in known_families() else GENERIC)
+
+
+@lru_cache(maxsize=1)
+def known_families() -> frozenset[str]:
+    """The ``model_type`` values that have a file of their own."""
+    folder = resources.files(__package__) / "families"
+    return frozenset(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json")) - {GENERIC}
+
+
+@lru_cache(maxsize=64)
+def _load(model_type: str) -> Family:
+    text = (resources.files(__package__) / "families" / f"{model_type}.json").read_text(encoding="utf-8")
+    facts = json.loads(text)
+    unknown = facts.keys() - Family.__dataclass_fields__.keys()
+    assert not unknown, f"{model_type}.json: unknown fields {sorted(unknown)}"
+    assert not facts["roles"].keys() - set(ROLES), f"{model_type}.json: unknown roles"
+    return Family(
+        model_type=facts["model_type"],
+        roles={role: _patterns(patterns) for role, patterns in facts["roles"].items()},
+        tied=facts.get("tied", {}),
+        tied_default=facts.get("tied_default", False),
+        transposed=_patterns(facts.get("transposed", ())),
+        decoder=facts.get("decoder"),
+    )
+
+
+def _patterns(patterns: Iterable[str]) -> tuple[re.Pattern[str], ...]:
+    return tuple(re.compile(rf"(?:^|\.)(?:{pattern})$") for pattern in patterns)
