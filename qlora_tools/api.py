@@ -6,6 +6,7 @@
 
 from qlora_tools.verbs.doctor import Check, Diagnosis, doctor
 from qlora_tools.verbs.inspect import Group, Inspection, inspect
+from qlora_tools.verbs.merge import MergeResult, TensorRetention, merge
 from qlora_tools.verbs.quantize import QuantizeResult, quantize
 
-__all__ = ["Check", "Diagnosis", "Group", "Inspection", "QuantizeResult", "doctor", "inspect", "quantize"]
+__all__ = ["Check", "Diagnosis", "Group", "Inspection", "MergeResult", "QuantizeResult", "TensorRetention", "doctor", "inspect", "merge", "quantize"]

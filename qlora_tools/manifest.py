@@ -27,8 +27,33 @@ from qlora_tools.errors import CorruptError
 
 FILE_NAME = "qlt-manifest.json"
 SCHEMA = "qlt.manifest/1"
-_LIBRARIES = ("qlora-tools", "torch", "transformers", "peft", "bitsandbytes", "onnx", "onnx-ir", "onnxruntime-gpu", "onnxruntime", "safetensors", "numpy", "scipy", "numba")
+_LIBRARIES = (
+    "qlora-tools",
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "onnx",
+    "onnx-ir",
+    "onnxruntime-gpu",
+    "onnxruntime",
+    "safetensors",
+    "numpy",
+    "scipy",
+    "numba",
+)
 _CHUNK_BYTES = 8 << 20
+
+
+def library_versions() -> dict[str, str]:
+    """Installed versions of this package and of the libraries that shape its output."""
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 @dataclass(frozen=True)
@@ -42,7 +67,7 @@ class Manifest:
     source_tensors: Mapping[str, str] = field(default_factory=dict)
     report: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=lambda: library_versions())
+    versions: Mapping[str, str] = field(default_factory=library_versions)
     schema: str = SCHEMA
 
     def to_json(self) -> bytes:
@@ -53,17 +78,6 @@ class Manifest:
 def canonical_json(value: Any) -> bytes:
     """JSON with sorted keys and no NaN; the one way this package writes JSON that must be reproducible."""
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
-def library_versions() -> dict[str, str]:
-    """Installed versions of this package and of the libraries that shape its output."""
-    found = {}
-    for name in _LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def sha256_file(path: Path) -> str:

@@ -96,6 +96,11 @@ class TensorSpec:
         return f"{self.name} {self.dtype}{list(self.shape)}"
 
 
+def byte_view(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a CPU tensor, without a copy where it is contiguous; writing through the view writes the tensor."""
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
 def spec_of(name: str, tensor: torch.Tensor) -> TensorSpec:
     """The spec that describes ``tensor`` under ``name``."""
     return TensorSpec(name, dtype_of(tensor.dtype).name, tuple(tensor.shape))

@@ -33,7 +33,7 @@ def output_folder(dest: Path, *, force: bool = False, inputs: Iterable[Path] = (
         input. StorageError: not writable, or the disk is full.
     """
     check_output(dest, force=force, inputs=inputs)
-    dest = Path(os.path.abspath(dest))
+    dest = Path(os.path.abspath(dest))  # noqa: PTH100 (resolve() would follow a link that is to be replaced)
     partial = dest.parent / f".{dest.name}.{secrets.token_hex(4)}.partial"
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,11 @@ def explained_disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None or isinstance(error, StorageError | OutputExistsError) or hasattr(error, "exit_code"):
             raise
-        hint = "free some space or choose another disk with -o" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "check the disk and its permissions"
+        hint = (
+            "free some space or choose another disk with -o"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            else "check the disk and its permissions"
+        )
         raise StorageError(f"writing {path} failed: {error.strerror}", hint=hint) from error
 
 
@@ -92,7 +96,7 @@ def _is_empty_folder(path: Path) -> bool:
 
 def _commit(partial: Path, dest: Path, force: bool) -> None:
     try:
-        os.rename(partial, dest)
+        partial.rename(dest)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise
@@ -106,10 +110,10 @@ def _replace(partial: Path, dest: Path) -> None:
     """Put ``partial`` in the place of ``dest`` and delete what was there; at no moment is ``dest`` missing where the kernel can exchange."""
     old = partial.with_suffix(".old")
     if _exchange(partial, dest):
-        os.rename(partial, old)
+        partial.rename(old)
     else:
-        os.rename(dest, old)
-        os.rename(partial, dest)
+        dest.rename(old)
+        partial.rename(dest)
     shutil.rmtree(old, ignore_errors=True)
 
 

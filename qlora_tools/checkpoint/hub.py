@@ -38,6 +38,8 @@ def _download(repository: str, revision: str | None) -> Path:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=_MODEL_FILES))
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise MissingError(f"{repository} is neither a folder here nor a repository the hub could give: {first}", hint="check the spelling, the network and `hf auth login`") from error
+        raise MissingError(
+            f"{repository} is neither a folder here nor a repository the hub could give: {first}", hint="check the spelling, the network and `hf auth login`"
+        ) from error
     except OSError as error:
         raise StorageError(f"{repository}: the download could not be stored: {error}", hint="set HF_HOME to a disk with room") from error

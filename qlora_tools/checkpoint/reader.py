@@ -19,7 +19,7 @@ import torch
 from qlora_tools.checkpoint.safetensors_file import SafetensorsFile
 from qlora_tools.errors import CorruptError, MissingError, UnsupportedError
 from qlora_tools.names import shortened
-from qlora_tools.specs import TensorSpec
+from qlora_tools.specs import TensorSpec, byte_view
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -57,9 +57,9 @@ class CheckpointReader:
         spec = self.specs[name]
         step = max(1, _HASH_TILE_BYTES // max(1, spec.row_bytes))
         for start in range(0, spec.shape[0], step) if spec.shape else ():
-            digest.update(_bytes(self.read(name, (start, min(start + step, spec.shape[0])))))
+            digest.update(byte_view(self.read(name, (start, min(start + step, spec.shape[0])))))
         if not spec.shape:
-            digest.update(_bytes(self.read(name)))
+            digest.update(byte_view(self.read(name)))
         return digest.hexdigest()
 
     def headers_sha256(self) -> str:
@@ -72,7 +72,7 @@ class CheckpointReader:
 
 def tensor_sha256(tensor: torch.Tensor) -> str:
     """The same hash for a tensor in memory, in its stored dtype."""
-    return hashlib.sha256(_bytes(tensor)).hexdigest()
+    return hashlib.sha256(byte_view(tensor)).hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -103,7 +103,10 @@ def plain_file(folder: Path, name: str, pattern: re.Pattern[str] = _SHARD) -> Pa
     A link is followed only inside the folder or into the ``blobs`` of the hub cache the folder belongs to.
     """
     if not isinstance(name, str) or not pattern.fullmatch(name):
-        raise CorruptError(f"{folder}: the index names the file {name!r}, expected a plain *.safetensors name", hint="do not use this checkpoint: its index points outside its folder")
+        raise CorruptError(
+            f"{folder}: the index names the file {name!r}, expected a plain *.safetensors name",
+            hint="do not use this checkpoint: its index points outside its folder",
+        )
     path = folder / name
     if path.is_symlink():
         target, home = path.resolve(), folder.resolve()
@@ -145,9 +148,7 @@ def _indexed_shards(folder: Path) -> list[Path]:
             held, listed = set(file.specs), {tensor for tensor, owner in weight_map.items() if owner == name}
         if held != listed:
             wrong = sorted(held ^ listed)
-            raise CorruptError(f"{path} and {name} disagree on {len(wrong)} tensors: {shortened(wrong, 3)}", hint="the folder mixes two checkpoints: download it again")
+            raise CorruptError(
+                f"{path} and {name} disagree on {len(wrong)} tensors: {shortened(wrong, 3)}", hint="the folder mixes two checkpoints: download it again"
+            )
     return list(shards.values())
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())

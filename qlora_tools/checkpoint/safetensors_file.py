@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from qlora_tools.errors import CorruptError, MissingError, StorageError
-from qlora_tools.specs import DTYPES, TensorSpec
+from qlora_tools.specs import DTYPES, TensorSpec, byte_view
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_TENSORS = 2_000_000
@@ -71,7 +71,7 @@ class SafetensorsFile:
             size = (rows[1] - rows[0]) * entry.spec.row_bytes
         tensor = torch.empty(shape, dtype=entry.spec.torch_dtype)
         if size:
-            self._fill(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()), entry.offset + start, name)
+            self._fill(byte_view(tensor), entry.offset + start, name)
         return tensor
 
     def _fill(self, buffer: memoryview, offset: int, name: str) -> None:

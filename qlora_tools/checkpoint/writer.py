@@ -21,7 +21,7 @@ from qlora_tools.checkpoint.reader import INDEX, SINGLE
 from qlora_tools.errors import StorageError
 from qlora_tools.manifest import canonical_json
 from qlora_tools.names import natural_key, shortened
-from qlora_tools.specs import TensorSpec, dtype, spec_of
+from qlora_tools.specs import TensorSpec, byte_view, dtype, spec_of
 
 MAX_SHARD_BYTES = 5_000_000_000
 _ALIGNMENT = 8
@@ -47,7 +47,7 @@ class SafetensorsWriter:
         """Store ``tensor`` as rows ``[row, row + len)`` of ``name``; dtype and trailing shape must be the planned ones."""
         spec = self.specs[name]
         check_piece(spec, tensor, row)
-        data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        data = byte_view(tensor)
         write_all(self._descriptor, data, self._offsets[name] + row * spec.row_bytes)
         with self._lock:
             self._written[name] += len(data)
@@ -122,7 +122,8 @@ def reserve(descriptor: int, path: Path, size: int) -> None:
         if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             free = os.statvfs(path.parent)
             raise StorageError(
-                f"{path.name} needs {size} bytes, {free.f_bavail * free.f_frsize} are free in {path.parent}", hint="free some space or choose another disk with -o"
+                f"{path.name} needs {size} bytes, {free.f_bavail * free.f_frsize} are free in {path.parent}",
+                hint="free some space or choose another disk with -o",
             ) from error
         raise
 

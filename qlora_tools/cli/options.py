@@ -27,6 +27,19 @@ class Shared:
     screen: Screen
     session: Session
 
+    def base_and_adapters(self, base: str | None, adapters: list[tuple[str, float]]) -> tuple[str, list[tuple[str, float]]]:
+        """The flags, or what the session remembers in their place; says on standard error what it picked up."""
+        picked = []
+        if base is None:
+            base = str(self.session.pick("base", "--base"))
+            picked.append(f"base {base}")
+        if not adapters:
+            adapters = [(str(path), float(weight)) for path, weight in self.session.pick("adapters", "--adapter")]
+            picked.append(f"adapter {', '.join(path if weight == 1 else f'{path} x {weight}' for path, weight in adapters)}")
+        if picked:
+            self.screen.remark(f"using {' and '.join(picked)}")
+        return base, adapters
+
     def written(self, output: Path, seconds: float) -> str:
         """The last line of a verb that writes a folder."""
         return f"dry run: would write {self.session.relative(output)}" if self.dry_run else f"wrote {self.session.relative(output)} in {seconds:.1f} s"
@@ -51,7 +64,9 @@ def shared(function: F) -> F:
 
 def adapters_option(function: F) -> F:
     """``--adapter PATH[=WEIGHT]``, repeatable."""
-    return click.option("--adapter", "adapters", multiple=True, metavar="DIR[=WEIGHT]", help="Adapter folder, with a weight if wanted; repeat for several.")(function)
+    return click.option("--adapter", "adapters", multiple=True, metavar="DIR[=WEIGHT]", help="Adapter folder, with a weight if wanted; repeat for several.")(
+        function
+    )
 
 
 def weighted(adapters: tuple[str, ...]) -> list[tuple[str, float]]:

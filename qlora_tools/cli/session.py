@@ -38,7 +38,7 @@ class Session:
         self._path.parent.mkdir(exist_ok=True)
         beside = self._path.with_suffix(f".{os.getpid()}.tmp")
         beside.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(beside, self._path)
+        beside.replace(self._path)
 
     def pick(self, name: str, flag: str) -> Any:
         """The remembered value of ``name``.
@@ -48,7 +48,10 @@ class Session:
         """
         value = self.recall().get(name)
         if not value:
-            raise UsageError(f"no {name} given, and none remembered in {self._path.parent.name}/ of this folder", hint=f"give it with {flag}, or run the step that makes it first")
+            raise UsageError(
+                f"no {name} given, and none remembered in {self._path.parent.name}/ of this folder",
+                hint=f"give it with {flag}, or run the step that makes it first",
+            )
         return value
 
     def relative(self, path: Path | str) -> str:

@@ -51,7 +51,9 @@ def run(
     """
     plan.check(sources)
     assert writer is not None or not plan.outputs, "a plan with outputs needs a writer"
-    workers = workers or (len(os.sched_getaffinity(0)) if device == "cpu" and hasattr(os, "sched_getaffinity") else os.cpu_count() or 1 if device == "cpu" else 1)
+    workers = workers or (
+        len(os.sched_getaffinity(0)) if device == "cpu" and hasattr(os, "sched_getaffinity") else os.cpu_count() or 1 if device == "cpu" else 1
+    )
     reports: list[Any] = [None] * len(plan.units)
     total = sum(_cost(unit, sources) for unit in plan.units)
     with progress.task(title, total, "B") as task, single_threaded_blas():

@@ -78,7 +78,9 @@ class Family:
             try:
                 pattern = re.compile(wanted)
             except re.error as error:
-                raise UsageError(f"--targets {wanted!r} is neither a preset nor a regular expression: {error}", hint=f"presets: {', '.join(TARGET_PRESETS)}") from error
+                raise UsageError(
+                    f"--targets {wanted!r} is neither a preset nor a regular expression: {error}", hint=f"presets: {', '.join(TARGET_PRESETS)}"
+                ) from error
             chosen = [module for module in known if pattern.search(module)]
         if not chosen:
             leaves = sorted({module.rpartition(".")[2] for module in known})

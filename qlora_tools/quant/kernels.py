@@ -5,7 +5,8 @@ hold the two together bit for bit. What the loops add is speed and memory: they 
 make no fp32 copy of the tensor, and release the GIL, so the engine may run one tensor per thread.
 
 Floats arrive as their bit patterns: ``bits`` is ``uint16`` for bf16 and fp16, ``uint32`` for fp32, and ``kind`` says
-which. All arithmetic is fp32, in source order (no fast-math), so results do not depend on the vector width.
+which. All arithmetic is fp32 in source order, without fast-math, so results do not depend on
+the vector width; the one exception is the scale search (``_fit``), whose sums may differ in the last bit between kinds of CPU.
 
 Index variables start at 0 and slices carry the offset: numba can then prove that no index is negative, and LLVM vectorises.
 
@@ -51,6 +52,11 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return numba.njit(nogil=True)(function)
 
 
+def _reordering(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``numba.njit`` for a sum whose terms may be added in any order; inlined into compiled callers."""
+    return numba.njit(nogil=True, fastmath={"reassoc"})(function)
+
+
 @_compiled
 def _as_float(word):  # type: ignore[no-untyped-def]
     """The fp32 whose bits are ``word`` (uint32)."""
@@ -59,7 +65,7 @@ def _as_float(word):  # type: ignore[no-untyped-def]
 
 @_compiled
 def _widen(bits, kind, out):  # type: ignore[no-untyped-def]
-    """``out`` fp32[n] = the floats whose bit patterns are ``bits``; the rest of ``out`` becomes zero."""
+    """``out`` fp32[n] = the floats whose bit patterns are ``bits``."""
     n = len(bits)
     if kind == BF16:
         for j in range(n):
@@ -72,8 +78,6 @@ def _widen(bits, kind, out):  # type: ignore[no-untyped-def]
     else:
         for j in range(n):
             out[j] = _as_float(np.uint32(bits[j]))
-    for j in range(n, len(out)):
-        out[j] = _ZERO
 
 
 @_compiled
@@ -154,7 +158,7 @@ def quantize_rows(bits_RC, kind, limit, codes_RC, absmax_R):  # type: ignore[no-
         _widen(bits_RC[row], kind, values)
         largest = _largest(values, kind)
         absmax_R[row] = largest
-        scale = limit / largest if largest > _ZERO else _ZERO
+        scale = (_ONE / largest) * limit if largest > _ZERO else _ZERO  # in this order: torch divides a number by a tensor so
         codes = codes_RC[row]
         if not np.isfinite(scale):  # a row so small that the scale overflows; as if it were zero
             scale = _ZERO
@@ -163,30 +167,20 @@ def quantize_rows(bits_RC, kind, limit, codes_RC, absmax_R):  # type: ignore[no-
 
 
 @_compiled
-def _round_to_grid(values, inverse, low, high, codes):  # type: ignore[no-untyped-def]
-    """``codes`` fp32 = values * inverse rounded half to even and clipped to the whole numbers low..high."""
+def _round_to_grid(value, inverse, low, high):  # type: ignore[no-untyped-def]
+    """value * inverse rounded half to even and clipped to the whole numbers low..high, as fp32."""
+    return min(max((value * inverse + ROUNDER) - ROUNDER, low), high)
+
+
+@_reordering
+def _fit(values, inverse, low, high):  # type: ignore[no-untyped-def]
+    """(sum value*code, sum code*code) for the codes of this reciprocal scale; their quotient is the least-squares scale."""
+    dot, square = _ZERO, _ZERO
     for j in range(len(values)):
-        rounded = (values[j] * inverse + ROUNDER) - ROUNDER
-        codes[j] = min(max(rounded, low), high)
-
-
-@_compiled
-def _fit(values, codes, lanes):  # type: ignore[no-untyped-def]
-    """(sum values*codes, sum codes*codes): the least-squares scale is their quotient. Sums run in 16 lanes, a fixed order."""
-    dot, square = lanes[0], lanes[1]
-    for k in range(16):
-        dot[k] = _ZERO
-        square[k] = _ZERO
-    for start in range(0, len(values), 16):
-        value, code = values[start : start + 16], codes[start : start + 16]
-        for k in range(16):
-            dot[k] += value[k] * code[k]
-            square[k] += code[k] * code[k]
-    a, b = _ZERO, _ZERO
-    for k in range(16):
-        a += dot[k]
-        b += square[k]
-    return a, b
+        code = _round_to_grid(values[j], inverse, low, high)
+        dot += values[j] * code
+        square += code * code
+    return dot, square
 
 
 @_compiled
@@ -194,45 +188,46 @@ def quantize_grid(bits_RK, kind, block, width, inverses, refits, codes_RBJ, scal
     """Signed-scale whole-number grid per block along K: ``value = code * scale`` with codes ``-2**(width-1) .. 2**(width-1)-1``.
 
     ``bits_RK``; ``codes_RBJ`` int8 [rows, ceil(K/block), block], zero beyond K; ``scale_RB`` fp32. Inside a block values are divided by
-    the value of largest magnitude, so that this one becomes +1; ``inverses`` fp32[n] are the reciprocal scales tried there. With one
-    and no ``refits`` the scale is used as it is; otherwise the one whose codes leave the least squared error is taken and
-    refitted by least squares, ``refits`` times over. ``scale`` is not finite where the block holds NaN or infinity.
+    the value of largest magnitude (the first of equals), so that this one becomes +1; ``inverses`` fp32[n] are the reciprocal scales
+    tried there. With one and no ``refits`` that scale is used as it is. Otherwise the one whose codes, under their least-squares
+    scale, leave the least squared error is taken, and code choice and least squares alternate ``refits`` more times. ``scale`` is
+    not finite where the block holds NaN or infinity, and 0 where nothing in it reaches 1e-38.
     """
     rows, columns = bits_RK.shape
     low, high = np.float32(-(1 << (width - 1))), np.float32((1 << (width - 1)) - 1)
-    values, trial, best = np.empty(block, np.float32), np.empty(block, np.float32), np.empty(block, np.float32)
-    lanes = np.empty((2, 16), np.float32)
+    values = np.empty(block, np.float32)
     for row in range(rows):
         line = bits_RK[row]
         for number in range(scale_RB.shape[1]):
-            _widen(line[number * block : min((number + 1) * block, columns)], kind, values)
+            start = number * block
+            if start + block > columns:
+                values[:] = _ZERO
+            _widen(line[start : min(start + block, columns)], kind, values)
             largest = _largest(values, kind)
-            out = codes_RBJ[row, number]
+            codes = codes_RBJ[row, number]
             if not largest >= TINY or not np.isfinite(largest):
                 scale_RB[row, number] = _ZERO if largest < TINY else np.float32(np.inf)
-                for j in range(block):
-                    out[j] = np.int8(0)
+                codes[:] = 0
                 continue
             extreme = largest
-            for j in range(block):  # the first of equals, like the twin
+            for j in range(block):
                 if abs(values[j]) == largest:
                     extreme = values[j]
                     break
             shrink = _ONE / extreme
             for j in range(block):
                 values[j] *= shrink
-            scale = _ONE / inverses[0]
-            if len(inverses) == 1 and refits == 0:
-                _round_to_grid(values, inverses[0], low, high, best)
-            else:
+            inverse = inverses[0]
+            scale = _ONE / inverse
+            if len(inverses) > 1 or refits > 0:
                 gain = np.float32(-1)
                 for attempt in range(len(inverses) + refits):
-                    _round_to_grid(values, inverses[attempt] if attempt < len(inverses) else _ONE / scale, low, high, trial)
-                    dot, square = _fit(values, trial, lanes)
+                    tried = inverses[attempt] if attempt < len(inverses) else _ONE / scale
+                    dot, square = _fit(values, tried, low, high)
                     if square > _ZERO and dot * dot > gain * square:
                         gain = dot * dot / square
                         scale = dot / square
-                        best, trial = trial, best
+                        inverse = tried
             scale_RB[row, number] = scale * extreme
             for j in range(block):
-                out[j] = np.int8(best[j])
+                codes[j] = np.int8(_round_to_grid(values[j], inverse, low, high))

@@ -43,7 +43,9 @@ def quantized_names(source: Source, family: Family, codec: Codec | None) -> list
     """The tensors of ``source`` that ``codec`` will store: linears that are neither embedding nor head."""
     if codec is None:
         return []
-    return [name for name, spec in source.specs.items() if family.is_linear(name, spec.shape) and spec.numel >= MIN_ELEMENTS and spec.torch_dtype.is_floating_point]
+    return [
+        name for name, spec in source.specs.items() if family.is_linear(name, spec.shape) and spec.numel >= MIN_ELEMENTS and spec.torch_dtype.is_floating_point
+    ]
 
 
 def plan_quantize(source: Source, family: Family, codec: Codec | None) -> Plan:

@@ -21,8 +21,10 @@ def row_slabs(tensor: torch.Tensor) -> Iterator[slice]:
 
 def dot(left: torch.Tensor, right: torch.Tensor) -> float:
     """Inner product of two fp32 tensors of one shape: products and row sums in fp32, rows added in fp64."""
+    if not left.numel():
+        return 0.0
     rows = left.shape[0] if left.ndim else 1
-    return float(torch.linalg.vecdot(left.reshape(rows, -1), right.reshape(rows, -1)).double().sum()) if left.numel() else 0.0
+    return torch.linalg.vecdot(left.reshape(rows, -1), right.reshape(rows, -1)).double().sum().item()
 
 
 def relative_error(approximation: torch.Tensor, exact: torch.Tensor) -> float:

@@ -39,7 +39,10 @@ class Diagnosis:
 
 def doctor(*, folder: Path = Path()) -> Diagnosis:
     """Run every check; a check that raises is a failed check with the exception as its finding."""
-    checks = [_guarded(name, check) for name, check in (("torch", _torch), ("codecs", _codecs), ("bitsandbytes", _bitsandbytes), ("onnxruntime", _onnxruntime), ("cuda", _cuda))]
+    checks = [
+        _guarded(name, check)
+        for name, check in (("torch", _torch), ("codecs", _codecs), ("bitsandbytes", _bitsandbytes), ("onnxruntime", _onnxruntime), ("cuda", _cuda))
+    ]
     checks.append(_guarded("working folder", lambda: _disk(folder)))
     machine = {"python": sys.version.split()[0], "system": platform.platform(), "cpu": _cpu(), "cores": str(os.cpu_count())}
     return Diagnosis(tuple(checks), machine, library_versions())
@@ -48,7 +51,7 @@ def doctor(*, folder: Path = Path()) -> Diagnosis:
 def _guarded(name: str, check: Callable[[], tuple[str, str, str | None]]) -> Check:
     try:
         return Check(name, *check())
-    except Exception as error:  # a doctor reports whatever is broken, of whatever kind
+    except Exception as error:  # noqa: BLE001 - a doctor reports whatever is broken, of whatever kind
         return Check(name, "fail", f"{type(error).__name__}: {error}", "reinstall with the constraints: pip install -c constraints.txt -e .")
 
 
@@ -68,7 +71,11 @@ def _codecs() -> tuple[str, str, str | None]:
     weight = torch.linspace(-1, 1, 96 * 80).reshape(96, 80).to(torch.bfloat16)
     spec = spec_of("w.weight", weight)
     error = (NF4().decode(spec, NF4().encode(spec, weight)).float() - weight.float()).norm() / weight.float().norm()
-    return ("ok" if error < 0.12 else "fail"), f"NF4 round trip error {100 * error:.1f} %", "the compiled kernels are wrong: delete the numba caches (__pycache__/*.nbi, *.nbc)" if error >= 0.12 else None
+    return (
+        ("ok" if error < 0.12 else "fail"),
+        f"NF4 round trip error {100 * error:.1f} %",
+        "the compiled kernels are wrong: delete the numba caches (__pycache__/*.nbi, *.nbc)" if error >= 0.12 else None,
+    )
 
 
 def _bitsandbytes() -> tuple[str, str, str | None]:
@@ -85,7 +92,11 @@ def _onnxruntime() -> tuple[str, str, str | None]:
     import onnxruntime
 
     providers = onnxruntime.get_available_providers()
-    return ("ok" if "CPUExecutionProvider" in providers else "fail"), f"{onnxruntime.__version__}: {', '.join(name.removesuffix('ExecutionProvider') for name in providers)}", None
+    return (
+        ("ok" if "CPUExecutionProvider" in providers else "fail"),
+        f"{onnxruntime.__version__}: {', '.join(name.removesuffix('ExecutionProvider') for name in providers)}",
+        None,
+    )
 
 
 def _cuda() -> tuple[str, str, str | None]:
@@ -104,8 +115,8 @@ def _cuda() -> tuple[str, str, str | None]:
 def _disk(folder: Path) -> tuple[str, str, str | None]:
     free = shutil.disk_usage(folder).free
     with tempfile.TemporaryDirectory(dir=folder, prefix=".qlt-doctor-") as probe:
-        os.rename(Path(probe, ".").resolve(), f"{probe}-renamed")
-        os.rename(f"{probe}-renamed", probe)
+        Path(probe, "partial").mkdir()
+        Path(probe, "partial").rename(Path(probe, "done"))
     return ("ok" if free > 2e9 else "warn"), f"writable, {free / 1e9:.1f} GB free", None if free > 2e9 else "free some space before a large model"
 
 

@@ -130,7 +130,15 @@ def _groups(specs: Mapping[str, TensorSpec], role: Any, stored: Mapping[str, tup
         spec = specs[name]
         found.setdefault((pattern, spec.dtype, spec.shape, stored.get(name, ("dense", 0))[0]), []).append(name)
     return tuple(
-        Group(pattern, role(split_tensor(names[0])[0]), len(names), dtype, shape, codec, sum(stored[name][1] if name in stored else specs[name].nbytes for name in names))
+        Group(
+            pattern,
+            role(split_tensor(names[0])[0]),
+            len(names),
+            dtype,
+            shape,
+            codec,
+            sum(stored[name][1] if name in stored else specs[name].nbytes for name in names),
+        )
         for (pattern, dtype, shape, codec), names in found.items()
     )
 

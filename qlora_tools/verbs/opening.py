@@ -16,7 +16,9 @@ from qlora_tools.progress import Progress
 
 #: Beside the weights: tokenizer, processor, chat template and generation settings. Never code, never weights.
 _SIDE_SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab"})
-_NOT_COPIED = frozenset({"config.json", "adapter_config.json", "genai_config.json", "training_args.json", "trainer_state.json", "qlt-manifest.json", "README.txt"})
+_NOT_COPIED = frozenset(
+    {"config.json", "adapter_config.json", "genai_config.json", "training_args.json", "trainer_state.json", "qlt-manifest.json", "README.txt"}
+)
 _MAX_SIDE_BYTES = 128 << 20
 
 

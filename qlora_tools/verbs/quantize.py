@@ -92,7 +92,12 @@ def quantize(
             side_files=source.folder,
             manifest=lambda done: Manifest(
                 "checkpoint",
-                {"verb": "quantize", "scheme": scheme, "block_size": block_size if scheme == "nf4" else None, "double_quant": double_quant if scheme == "nf4" else None},
+                {
+                    "verb": "quantize",
+                    "scheme": scheme,
+                    "block_size": block_size if scheme == "nf4" else None,
+                    "double_quant": double_quant if scheme == "nf4" else None,
+                },
                 inputs={"model": describe_input(source)},
                 source_tensors=dict(sorted(hashed.sha256.items())),
                 report={"relative_error": {report.name: report.relative_error for report in done if isinstance(report, QuantizeReport)}},

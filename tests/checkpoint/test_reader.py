@@ -20,7 +20,9 @@ B = {"b.weight": torch.arange(4.0).to(torch.bfloat16), "scalar": torch.tensor(3)
 def folder(tmp_path):
     save_file(A, tmp_path / "model-00001-of-00002.safetensors")
     save_file(B, tmp_path / "model-00002-of-00002.safetensors")
-    index(tmp_path, {"a.weight": "model-00001-of-00002.safetensors", "b.weight": "model-00002-of-00002.safetensors", "scalar": "model-00002-of-00002.safetensors"})
+    index(
+        tmp_path, {"a.weight": "model-00001-of-00002.safetensors", "b.weight": "model-00002-of-00002.safetensors", "scalar": "model-00002-of-00002.safetensors"}
+    )
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     return tmp_path
 
@@ -51,7 +53,20 @@ def test_headers_tell_two_models_apart_and_equal_models_together(folder, tmp_pat
 
 @pytest.mark.parametrize(
     "name",
-    ["../secret.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "", "C:\\x.safetensors", "\\\\host\\x.safetensors", "a\0.safetensors", "weights.bin", "~/x.safetensors", ".safetensors", "x.safetensors/../../y"],
+    [
+        "../secret.safetensors",
+        "/etc/passwd",
+        "sub/x.safetensors",
+        "..",
+        "",
+        "C:\\x.safetensors",
+        "\\\\host\\x.safetensors",
+        "a\0.safetensors",
+        "weights.bin",
+        "~/x.safetensors",
+        ".safetensors",
+        "x.safetensors/../../y",
+    ],
 )
 def test_shard_names_that_leave_the_folder_are_refused(folder, name):
     index(folder, {"a.weight": name})

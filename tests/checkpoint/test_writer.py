@@ -14,7 +14,10 @@ from qlora_tools.checkpoint.writer import CheckpointWriter, SafetensorsWriter
 from qlora_tools.errors import StorageError
 from qlora_tools.specs import TensorSpec, spec_of
 
-TENSORS = {f"layers.{i}.weight": torch.randn(5, 3 + i).to(torch.bfloat16) for i in range(12)} | {"step": torch.tensor(3), "absmax": torch.arange(7, dtype=torch.uint8)}
+TENSORS = {f"layers.{i}.weight": torch.randn(5, 3 + i).to(torch.bfloat16) for i in range(12)} | {
+    "step": torch.tensor(3),
+    "absmax": torch.arange(7, dtype=torch.uint8),
+}
 
 
 def write(folder, tensors, **options):

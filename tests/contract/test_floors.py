@@ -95,4 +95,6 @@ def test_the_command_line_is_light_at_the_top():
     for path in (PACKAGE / "cli").rglob("*.py"):
         for node in ast.parse(path.read_text()).body:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not [name for name in names if name.split(".")[0] in heavy or name.startswith(("qlora_tools.api", "qlora_tools.verbs", "qlora_tools.specs"))], path
+            assert not [
+                name for name in names if name.split(".")[0] in heavy or name.startswith(("qlora_tools.api", "qlora_tools.verbs", "qlora_tools.specs"))
+            ], path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 
 import pytest
@@ -55,7 +56,7 @@ def test_units_are_applied_and_reports_come_in_plan_order(workers):
 def test_a_large_tensor_is_copied_in_row_tiles():
     spec = TensorSpec("big", "F32", (1 << 20, 64))
     tiles = list(row_tiles(spec))
-    assert tiles[0][0] == 0 and tiles[-1][1] == 1 << 20 and all(a[1] == b[0] for a, b in zip(tiles, tiles[1:], strict=False))
+    assert tiles[0][0] == 0 and tiles[-1][1] == 1 << 20 and all(a[1] == b[0] for a, b in itertools.pairwise(tiles))
     assert max(stop - start for start, stop in tiles) * spec.row_bytes <= 64 << 20
 
 

@@ -18,7 +18,9 @@ EPILOG = examples(
 @click.argument("model")
 @click.option("--nf4", "scheme", flag_value="nf4", help="4-bit NormalFloat with double quantization (default).")
 @click.option("--int8", "scheme", flag_value="int8", help="LLM.int8() row-wise.")
-@click.option("--block-size", type=click.Choice(["32", "64", "128", "256", "512", "1024", "2048", "4096"]), default="64", show_default=True, help="Weights per NF4 block.")
+@click.option(
+    "--block-size", type=click.Choice(["32", "64", "128", "256", "512", "1024", "2048", "4096"]), default="64", show_default=True, help="Weights per NF4 block."
+)
 @click.option("--double-quant/--no-double-quant", default=True, show_default=True, help="Quantize the NF4 block scales to 8 bits.")
 @shared
 def command(common: Shared, model: str, scheme: str | None, block_size: str, double_quant: bool) -> None:

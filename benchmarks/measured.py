@@ -1,0 +1,83 @@
+"""Run a Python command in a fresh process and read its wall time, CPU time and true peak memory.
+
+The peak is ``VmHWM`` read by the child about itself at exit: ``ru_maxrss`` is inherited from the parent
+through vfork and would report the parent's size for a small child.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+_CHILD = """
+import atexit, json, os, resource, runpy, sys
+report, sys.argv = sys.argv[1], sys.argv[2:]
+def write():
+    status = open("/proc/self/status").read()
+    kilobytes = int(status.split("VmHWM:")[1].split()[0])
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    with open(report, "w") as stream:
+        json.dump({"peak_bytes": kilobytes * 1024, "cpu_s": usage.ru_utime + usage.ru_stime}, stream)
+atexit.register(write)
+sys.path.insert(0, "") if "" not in sys.path else None
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True) if not sys.argv[0].endswith(".py") else runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def measure(module: str, arguments: Sequence[str], *, python: str = sys.executable, threads: int | None = None, cwd: Path | None = None) -> dict:
+    """``python -m module arguments`` -> ``{"wall_s", "cpu_s", "peak_bytes", "returncode", "stderr"}``."""
+    environment = dict(os.environ)
+    if threads:
+        environment |= {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.json")
+        began = time.perf_counter()
+        done = subprocess.run([python, "-c", _CHILD, str(report), module, *map(str, arguments)], capture_output=True, text=True, env=environment, cwd=cwd, check=False)
+        wall = time.perf_counter() - began
+        measured = json.loads(report.read_text()) if report.exists() else {"peak_bytes": None, "cpu_s": None}
+    return {"wall_s": wall, **measured, "returncode": done.returncode, "stderr": done.stderr[-2000:]}
+
+
+def ratio(left: Sequence[float], right: Sequence[float], seed: int = 0) -> dict:
+    """Median of the pairwise ratios left/right with a 95 % bootstrap interval."""
+    import numpy as np
+
+    pairs = np.log(np.asarray(left) / np.asarray(right))
+    resampled = np.median(np.random.default_rng(seed).choice(pairs, (10_000, len(pairs))), axis=1)
+    low, high = np.exp(np.quantile(resampled, [0.025, 0.975]))
+    return {"median": float(np.exp(np.median(pairs))), "ci95": [float(low), float(high)], "pairs": len(pairs)}
+
+
+def median(values: Sequence[float]) -> float:
+    return float(statistics.median(values))
+
+
+def machine() -> dict:
+    """The processor and the memory, without any name of the machine."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), [])
+    memory = int(Path("/proc/meminfo").read_text().split("MemTotal:")[1].split()[0]) * 1024
+    return {"cpu": model, "cores": os.cpu_count(), "memory_bytes": memory, "isa": [flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8") if flag in flags]}
+
+
+def versions(*names: str) -> dict:
+    return {name: metadata.version(name) for name in names}
+
+
+def write_result(name: str, command: str, content: dict) -> Path:
+    """``benchmarks/results/<name>.json`` with the command, the machine and the versions."""
+    path = Path(__file__).parent / "results" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    libraries = versions("qlora-tools", "torch", "numpy", "onnxruntime-gpu", "bitsandbytes", "transformers", "peft")
+    path.write_text(json.dumps({"command": command, "machine": machine(), "versions": libraries, **content}, indent=2, sort_keys=True) + "\n")
+    return path

@@ -1,0 +1,232 @@
+"""A base model seen through its adapters: a source whose tensors come out merged, in fp32, never rounded.
+
+``W + sum_j w_j (f_j(W) - W)`` over adapters j with weights w_j, where f_j replaces, adds ``scale B A`` or rescales rows
+(DoRA) as PEFT does. For plain LoRA that is ``W + sum w_j scale_j B_j A_j``. Products are fp32 whatever the factors are
+stored in; the one rounding is left to whoever stores the result. An adapter that does nothing to a tensor leaves its
+bytes alone.
+
+Owns this arithmetic and the check that the base is the one an adapter was made for. Leaves out where base and adapters
+come from. Callers keep TF32 off.
+
+Axes: O outputs, I inputs, R rank.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from qlora_tools.adapters.adapter import Adapter, Delta
+from qlora_tools.checkpoint.logical import LogicalCheckpoint
+from qlora_tools.engine.plan import Source
+from qlora_tools.errors import IncompatibleError, NonFiniteError
+from qlora_tools.manifest import read_manifest
+from qlora_tools.specs import TensorSpec
+
+Rows = tuple[int, int] | None
+
+
+def base_fingerprint(base: LogicalCheckpoint) -> Callable[[str], str | None]:
+    """How to find the sha256 of the bytes that a base tensor was stored as before any quantization; ``None`` where that is not known."""
+    manifest = read_manifest(base.folder)
+    recorded = manifest.source_tensors if manifest else {}
+
+    def sha256(name: str) -> str | None:
+        if name in recorded:
+            return recorded[name]
+        return base.stored.sha256(name) if name in base.stored.specs and name not in base.quantized else None
+
+    return sha256
+
+
+class MergedSource:
+    """A :class:`~qlora_tools.engine.plan.Source`: ``base`` with ``adapters`` (and their weights) merged in.
+
+    ``ties``: the base's tied names -> owners. Where an adapter changes one of a pair and not the other, both appear in
+    ``specs`` and ``untied`` lists the name; the merged config must then say ``tie_word_embeddings: false``.
+    ``fingerprint``: see :func:`base_fingerprint`; without it the base is taken on trust.
+
+    Raises (on construction):
+        IncompatibleError: the base's first targeted tensor is not the one an adapter was made for, or two adapters change
+        a tensor in ways that cannot be added.
+    """
+
+    def __init__(
+        self,
+        base: Source,
+        adapters: Sequence[tuple[Adapter, float]],
+        *,
+        ties: Mapping[str, str] | None = None,
+        fingerprint: Callable[[str], str | None] | None = None,
+    ) -> None:
+        self._base, self._fingerprint = base, fingerprint
+        self._adapters = [(adapter, weight) for adapter, weight in adapters if weight != 0.0]
+        self._owner = {tied: owner for tied, owner in (ties or {}).items() if self._comes_apart(tied, owner)}
+        self.untied = tuple(sorted(self._owner))
+        self.specs: Mapping[str, TensorSpec] = dict(sorted((name, self._spec(name)) for name in (*base.specs, *self._owner)))
+        self.changed = frozenset(name for adapter, _ in self._adapters for name in adapter.changed if name in self.specs)
+        self._verified: set[str] = set()
+        self._lock = threading.Lock()
+        for adapter, _ in self._adapters:
+            first = next((name for name in sorted(adapter.base_tensors) if name in adapter.deltas), None)
+            if first is not None:
+                self._verify(first)
+
+    def _comes_apart(self, tied: str, owner: str) -> bool:
+        """True when some adapter changes only one of a tied pair, or each in its own way."""
+        return tied not in self._base.specs and owner in self._base.specs and not all(_changes_alike(adapter, tied, owner) for adapter, _ in self._adapters)
+
+    def _spec(self, name: str) -> TensorSpec:
+        base = self._base.specs[self._owner.get(name, name)]
+        shapes = {adapter.replacements[name].spec.shape for adapter, _ in self._adapters if name in adapter.replacements}
+        if shapes - {base.shape}:
+            involved = [(adapter, weight) for adapter, weight in self._adapters if name in adapter.changed]
+            if len(involved) > 1 or involved[0][1] != 1.0:
+                raise IncompatibleError(
+                    f"`{name}` is replaced by one of {sorted(shapes)} where the base has {base.shape}: it cannot be weighted or added",
+                    hint="merge this adapter alone with weight 1, then the others onto the result",
+                )
+        return TensorSpec(name, base.dtype, shapes.pop() if len(shapes) == 1 else base.shape)
+
+    def read(self, name: str, rows: Rows = None) -> torch.Tensor:
+        """The merged tensor in fp32 (fp64 for fp64 bases), or its rows; in the stored dtype where nothing is added.
+
+        Raises:
+            IncompatibleError: the base tensor is not the one an adapter was made for. NonFiniteError: NaN or infinity in an
+            adapter's factors.
+        """
+        stored = self._owner.get(name, name)
+        involved = [(adapter, weight) for adapter, weight in self._adapters if name in adapter.changed]
+        if not involved:
+            return self._base.read(stored, rows)
+        self._verify(name)
+        alone = involved[0][0] if len(involved) == 1 and involved[0][1] == 1.0 else None
+        if alone and name in alone.replacements:
+            base = alone.replacements[name].read()
+            span, keep = None, rows
+        else:
+            span = None if _needs_all_rows(name, involved) else rows
+            base = self._base.read(stored, span)
+            keep = rows if span is None else None
+        merged = _adapted(alone, name, base, span) if alone else _combined(involved, name, base, span)
+        return merged if keep is None else merged[keep[0] : keep[1]]
+
+    def _verify(self, name: str) -> None:
+        """Compare the base tensor's fingerprint with what the adapters were made for, once per tensor."""
+        wanted = {adapter.name: adapter.base_tensors[name] for adapter, _ in self._adapters if name in adapter.base_tensors}
+        with self._lock:
+            due = bool(wanted) and self._fingerprint is not None and name not in self._verified
+            self._verified.add(name)
+        if not due:
+            return
+        assert self._fingerprint is not None
+        found = self._fingerprint(name)
+        for adapter, expected in wanted.items():
+            if found is not None and found != expected:
+                raise IncompatibleError(
+                    f"adapter {adapter} was made for another base: `{name}` has sha256 {found[:12]}, expected {expected[:12]}",
+                    hint="give the base it was extracted from or trained on",
+                )
+
+
+def _changes_alike(adapter: Adapter, tied: str, owner: str) -> bool:
+    """Whether the adapter leaves ``tied`` sharing its owner's values, as PEFT's live model has it."""
+    if tied not in adapter.changed and owner not in adapter.changed - adapter.token_rows.keys():
+        return True  # PEFT ties replaced token rows by itself
+    if adapter.config.ensure_weight_tying:
+        return True
+    first, second = adapter.replacements.get(tied), adapter.replacements.get(owner)
+    others = (adapter.deltas.keys() | adapter.biases.keys() | adapter.token_rows.keys()) & {tied, owner}
+    return bool(first and second and not others) and torch.equal(first.read(), second.read())  # type: ignore[union-attr]
+
+
+def _needs_all_rows(name: str, involved: Sequence[tuple[Adapter, float]]) -> bool:
+    """DoRA on a tensor that stores inputs first rescales columns, whose lengths take every row."""
+    deltas = [adapter.deltas[name] for adapter, _ in involved if name in adapter.deltas]
+    return any(delta.magnitude is not None and delta.transposed for delta in deltas)
+
+
+def _combined(involved: Sequence[tuple[Adapter, float]], name: str, base: torch.Tensor, span: Rows) -> torch.Tensor:
+    """``W + sum w_j (f_j(W) - W)`` for rows ``span``."""
+    start = _widened(base)
+    result = start.clone()
+    for adapter, weight in involved:
+        delta = adapter.deltas.get(name)
+        if delta is not None and delta.magnitude is None and name not in adapter.replacements and name not in adapter.token_rows:
+            _add_product(result, delta, delta.scale * weight, span)
+        else:
+            result += weight * (_widened(_adapted(adapter, name, base, span, whole_is_base=True)) - start)
+    return result
+
+
+def _adapted(adapter: Adapter, name: str, base: torch.Tensor, span: Rows, *, whole_is_base: bool = False) -> torch.Tensor:
+    """f(W) of one adapter for rows ``span``. ``base`` is already its replacement unless ``whole_is_base``."""
+    result = base
+    if whole_is_base and name in adapter.replacements:
+        result = _rows(adapter.replacements[name].read(), span)
+    if name in adapter.token_rows:
+        result = _with_token_rows(result, adapter, name, span)
+    if name in adapter.biases:
+        bias = adapter.biases[name]
+        result = _widened(result) + bias.scale * _rows(_finite(bias.part.read(), bias.part.key), span).to(_wide(result))
+    delta = adapter.deltas.get(name)
+    if delta is None:
+        return result
+    if delta.magnitude is None:
+        changed = _widened(result).clone()
+        return changed if _add_product(changed, delta, delta.scale, span) else result
+    return _rescaled(_widened(result).clone(), delta, span)
+
+
+def _rescaled(result: torch.Tensor, delta: Delta, span: Rows) -> torch.Tensor:
+    """DoRA: ``m (W + D) / ||W + D||``, lengths taken per output."""
+    assert delta.magnitude is not None
+    _add_product(result, delta, delta.scale, span)
+    magnitude_O = _finite(delta.magnitude.read(), delta.magnitude.key).reshape(-1).to(result.dtype)
+    if delta.transposed:
+        return result * (magnitude_O / torch.linalg.vector_norm(result, dim=0))
+    lengths_O = torch.linalg.vector_norm(result.flatten(1), dim=1)
+    return result * (_rows(magnitude_O, span) / lengths_O).view(-1, *(1 for _ in result.shape[1:]))
+
+
+def _add_product(result: torch.Tensor, delta: Delta, scale: float, span: Rows) -> bool:
+    """Add ``scale B A`` to rows ``span`` of the weight, in place. False when a factor is zero and nothing was touched."""
+    wide = result.dtype
+    a_RI = _finite(delta.a.read(), delta.a.key).to(device=result.device, dtype=wide).reshape(delta.rank, -1)
+    b_OR = _finite(delta.b.read(), delta.b.key).to(device=result.device, dtype=wide).reshape(-1, delta.rank)
+    if not bool(a_RI.any()) or not bool(b_OR.any()):
+        return False
+    left, right = (_rows(a_RI.T, span), b_OR.T) if delta.transposed else (_rows(b_OR, span), a_RI)
+    result.view(left.shape[0], -1).addmm_(left, right, alpha=scale)
+    return True
+
+
+def _with_token_rows(base: torch.Tensor, adapter: Adapter, name: str, span: Rows) -> torch.Tensor:
+    tokens = adapter.token_rows[name]
+    start, stop = span or (0, base.shape[0])
+    pairs = [(row - start, position) for position, row in enumerate(tokens.rows) if start <= row < stop]
+    result = base.clone()
+    if pairs:
+        result[[row for row, _ in pairs]] = _finite(tokens.part.read(), tokens.part.key)[[position for _, position in pairs]].to(base.dtype)
+    return result
+
+
+def _rows(tensor: torch.Tensor, span: Rows) -> torch.Tensor:
+    return tensor if span is None else tensor[span[0] : span[1]]
+
+
+def _wide(tensor: torch.Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _widened(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(_wide(tensor))
+
+
+def _finite(tensor: torch.Tensor, key: str) -> torch.Tensor:
+    """``tensor`` itself. Raises NonFiniteError when it holds NaN or infinity."""
+    if not bool(torch.isfinite(torch.linalg.vector_norm(tensor.float()))):
+        raise NonFiniteError(f"adapter tensor `{key}` holds NaN or infinity", hint="the training run diverged: use an earlier checkpoint")
+    return tensor

@@ -1,0 +1,66 @@
+"""One call from a model's tensors to a folder that ONNX Runtime, onnxruntime-genai and Optimum can run.
+
+Writes into the folder it is given; that the folder appears whole or not at all is the caller's doing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from qlora_tools.engine.plan import Plan, Source
+from qlora_tools.engine.run import run
+from qlora_tools.export.external import ExternalWriter, place
+from qlora_tools.export.graph import DATA_FILE, build_graph
+from qlora_tools.export.layout import Layout, layout_of
+from qlora_tools.export.schemes import Scheme, scheme_of
+from qlora_tools.export.weights import MODEL, check_tensors, plan_weights
+from qlora_tools.models.decoder import Decoder, decoder_of
+from qlora_tools.progress import SILENT, Progress
+
+MODEL_FILE = "model.onnx"
+
+
+@dataclass(frozen=True)
+class DecoderExport:
+    """A planned export: nothing read or written yet."""
+
+    decoder: Decoder
+    scheme: Scheme
+    layout: Layout
+    plan: Plan
+
+    @property
+    def file_bytes(self) -> int:
+        return place(self.plan.outputs)[1]
+
+
+def plan_export(source: Source, config: Mapping[str, Any], scheme: str, provider: str = "cpu") -> DecoderExport:
+    """Everything that can be known from headers and config.json.
+
+    Raises:
+        UnsupportedError: architecture, option, scheme or provider without a graph. MissingError, IncompatibleError:
+        tensors that are missing or do not have the config's shapes.
+    """
+    decoder = decoder_of(config)
+    chosen = scheme_of(scheme, provider)
+    check_tensors(source, decoder)
+    layout = layout_of(decoder, chosen, source.specs[f"{decoder.module('embedding')}.weight"].dtype)
+    return DecoderExport(decoder, chosen, layout, plan_weights(source, decoder, layout))
+
+
+def write_graph(export: DecoderExport, source: Source, folder: Path, progress: Progress = SILENT) -> None:
+    """``model.onnx`` and ``model.onnx.data`` in ``folder``.
+
+    Raises:
+        NonFiniteError: a weight holds NaN or infinity. StorageError: no room.
+    """
+    specs = {spec.name: spec for spec in export.plan.outputs}
+    model = build_graph(export.decoder, export.layout, specs, place(export.plan.outputs)[0])
+    with ExternalWriter(folder / DATA_FILE, export.plan.outputs) as writer:
+        run(export.plan, {MODEL: source}, writer, title=f"export {export.scheme.name}", progress=progress)
+    ir.save(model, folder / MODEL_FILE)

@@ -1,0 +1,91 @@
+"""int8 weights with one scale and zero point per row, times activations in two 7-bit digits.
+
+Integer matrix units multiply 8-bit by 8-bit, and one byte per activation is too coarse: with a scale shared
+by a whole row of inputs, the rounding of activations alone would cost as much as that of the weights. So x is
+split into a leading digit and what is left of it,
+
+    x ~ s (d1 + d2 / 126),    d1 = round(x / s) in [-63, 63],    d2 = round(126 (x / s - d1)) in [-63, 63]
+
+and both digits go through one integer product as 2T rows; the weights are read once. About 14 bits of the
+activations survive, which leaves the weights as the only error. Digits are stored with zero point 64 in
+unsigned bytes and stay below 128: the pairwise 16-bit sums of CPUs without VNNI cannot saturate
+(2 * 127 * 128 < 32768).
+
+``s`` is one number for the whole input, found by ``DynamicQuantizeLinear`` in one pass; ``per_token`` takes one
+per token instead, for inputs in which single tokens are many times larger than the rest (the input of a
+feed-forward's second half).
+
+Parts: ``name`` I8 [O, I], ``name.scale`` F32 [O], ``name.zero`` I8 [O]; w = scale * (code - zero).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from qlora_tools.export.nodes import Nodes
+from qlora_tools.specs import TensorSpec
+
+_LARGEST = 63
+_RATIO = 126
+_ZERO = 64
+#: The input's span is at most 255 steps of DynamicQuantizeLinear's scale and includes zero. The margin covers its rounding.
+_SPAN = 255 / _LARGEST * (1 + 1e-5)
+_TINY = 1e-30
+
+
+@dataclass(frozen=True)
+class Digits:
+    """``QGemm`` on two digits per activation; ``gather`` dequantizes looked-up rows."""
+
+    per_token: bool = False
+
+    def parts(self, name: str, rows: int, columns: int) -> tuple[TensorSpec, ...]:
+        return TensorSpec(name, "I8", (rows, columns)), TensorSpec(f"{name}.scale", "F32", (rows,)), TensorSpec(f"{name}.zero", "I8", (rows,))
+
+    def encode(self, name: str, w_OI: torch.Tensor) -> dict[str, torch.Tensor]:
+        low_O = w_OI.amin(1).clamp(max=0.0)
+        high_O = w_OI.amax(1).clamp(min=0.0)
+        scale_O = (high_O - low_O) / 255
+        scale_O = torch.where(scale_O > 0, scale_O, torch.ones_like(scale_O))
+        zero_O = (-128 - low_O / scale_O).round()
+        codes_OI = (w_OI / scale_O[:, None]).add_(zero_O[:, None]).round_().clamp_(-128, 127)
+        return {name: codes_OI.to(torch.int8), f"{name}.scale": scale_O, f"{name}.zero": zero_O.to(torch.int8)}
+
+    def decode(self, name: str, parts: Mapping[str, torch.Tensor], columns: int) -> torch.Tensor:
+        return (parts[name].to(torch.float32) - parts[f"{name}.zero"].to(torch.float32)[:, None]) * parts[f"{name}.scale"][:, None]
+
+    def multiply(self, nodes: Nodes, x_TI: ir.Value, name: str, rows: int, columns: int, bias: ir.Value | None = None) -> ir.Value:
+        digits, step, *unit = nodes.once(f"digits {self.per_token}", x_TI, lambda: self._split(nodes, x_TI))
+        weight = (nodes.stored(name), nodes.stored(f"{name}.scale"), nodes.stored(f"{name}.zero"))
+        both = nodes.contrib("QGemm", digits, step, nodes.constant(_ZERO, np.uint8), *weight, transB=1)
+        pair = nodes.op("Reshape", both, nodes.constant([2, -1]))
+        y = nodes.op("Reshape", nodes.op("MatMul", nodes.constant([1, 1 / _RATIO], np.float32), pair), nodes.constant([-1, rows]))
+        if unit:
+            y = nodes.op("Mul", y, unit[0])
+        return y if bias is None else nodes.op("Add", y, bias)
+
+    def gather(self, nodes: Nodes, ids_T: ir.Value, name: str, columns: int) -> ir.Value:
+        codes, scale, zero = (nodes.op("Gather", nodes.stored(part), ids_T, axis=0) for part in (name, f"{name}.scale", f"{name}.zero"))
+        return nodes.op("DequantizeLinear", codes, scale, zero, axis=0)
+
+    def _split(self, nodes: Nodes, x_TI: ir.Value) -> tuple[ir.Value, ...]:
+        """(digits uint8 [2T, I], step of the leading digit[, what each row was divided by [T, 1]])."""
+        zero = nodes.constant(_ZERO, np.uint8)
+        unit: tuple[ir.Value, ...] = ()
+        if self.per_token:
+            largest = nodes.op("ReduceMax", nodes.op("Abs", x_TI), axes=[1], keepdims=1)
+            unit = (nodes.op("Max", largest, nodes.constant(_TINY, np.float32)),)
+            x_TI = nodes.op("Div", x_TI, unit[0])
+            step, small_step = nodes.constant(1 / _LARGEST, np.float32), nodes.constant(1 / _LARGEST / _RATIO, np.float32)
+        else:
+            _, scale, _ = nodes.op("DynamicQuantizeLinear", x_TI, outputs=3)
+            step, small_step = (nodes.op("Mul", scale, nodes.constant(factor, np.float32)) for factor in (_SPAN, _SPAN / _RATIO))
+        lead = nodes.op("QuantizeLinear", x_TI, step, zero)
+        rest = nodes.op("Sub", x_TI, nodes.op("DequantizeLinear", lead, step, zero))
+        digits = nodes.op("Concat", lead, nodes.op("QuantizeLinear", rest, small_step, zero), axis=0)
+        return digits, step, *unit

@@ -1,0 +1,71 @@
+"""Floats as the kernels take them: bit patterns, tiles, worker threads; and the refusal of NaN and infinity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from qlora_tools.errors import NonFiniteError, UnsupportedError
+from qlora_tools.quant import kernels
+
+TILE_ELEMENTS = 1 << 20  # tiles of fp32 scratch stay inside a core's cache
+
+_KINDS = {torch.bfloat16: kernels.BF16, torch.float16: kernels.FP16, torch.float32: kernels.FP32}
+
+
+def bit_patterns(tensor: torch.Tensor) -> tuple[np.ndarray, int]:
+    """(the tensor's words as a numpy view of the same shape, its ``kind`` for the kernels). Contiguous CPU floats are not copied.
+
+    fp64 is rounded to fp32 first.
+
+    Raises:
+        UnsupportedError: not a float of 16 bits or more.
+    """
+    tensor = tensor.detach()
+    if tensor.dtype == torch.float64:
+        tensor = tensor.float()
+    if tensor.dtype not in _KINDS:
+        raise UnsupportedError(f"cannot quantize {tensor.dtype} values", hint="quantization starts from bf16, fp16 or fp32 weights")
+    word = torch.uint32 if tensor.dtype == torch.float32 else torch.uint16
+    return tensor.contiguous().view(word).numpy(), _KINDS[tensor.dtype]
+
+
+def refuse_non_finite(name: str, tensor: torch.Tensor, *, row: int = 0) -> None:
+    """Count and locate NaN and infinity in a tensor in which a kernel met one. ``row`` is where ``tensor`` starts along axis 0.
+
+    Raises:
+        NonFiniteError: there is at least one.
+    """
+    wrong = ~torch.isfinite(tensor)
+    count = int(wrong.sum())
+    if count:
+        first = [int(position) for position in wrong.nonzero()[0]]
+        if first:
+            first[0] += row
+        raise NonFiniteError(
+            f"{name or 'tensor'}: {count} of {tensor.numel()} values are NaN or infinite, the first at index {first}",
+            hint="the weights are damaged or overflowed during training or merging; check the source checkpoint",
+        )
+
+
+def tiles(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
+    """``start:stop`` cut at multiples of ``step``."""
+    while start < stop:
+        end = min((start // step + 1) * step, stop)
+        yield start, end
+        start = end
+
+
+def in_threads(work: Callable[[int, int], None], stop: int, step: int, threads: int) -> None:
+    """``work(low, high)`` over ``0:stop``, cut at multiples of ``step`` into at most ``threads`` pieces that run at once."""
+    share = -(-stop // max(threads, 1))
+    share = -(-share // step) * step
+    if share >= stop:
+        work(0, stop)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        for piece in [pool.submit(work, low, high) for low, high in tiles(0, stop, share)]:
+            piece.result()
