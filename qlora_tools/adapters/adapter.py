@@ -82,8 +82,7 @@ class TokenRows:
 class Adapter:
     """Everything one adapter does, by the name of the base tensor. Replacements come first, then rows, then deltas.
 
-    ``base_tensors``: sha256 of stored base tensors it was made for, where known. ``tied``: names that the adapter changes
-    together with the tensor they share (PEFT's ``ensure_weight_tying``).
+    ``base_tensors``: sha256 of the stored base tensors it was made for, where known.
     """
 
     name: str
@@ -171,7 +170,7 @@ class _Binder:
 
     def _bind_lora(self, module: str, renamed: str, slots: dict[str, Part], deltas: dict[str, Delta], biases: dict[str, BiasDelta]) -> None:
         target = next((name for name in (f"{renamed}.weight", f"{renamed}.in_proj_weight") if name in self._base), None)
-        if target is None or not self._config.targets(module):
+        if target is None or not (self._config.targets(module) or self._targets_tied(target)):
             self._unmatched.extend(part.key for part in slots.values())
             return
         kind = "embedding_" if "embedding_A" in slots or "embedding_B" in slots else ""
@@ -194,6 +193,11 @@ class _Binder:
             deltas[target] = Delta(a, b, self._config.scale_of(module), transposed, magnitude)
         if bias is not None:
             self._bind_bias(renamed, bias, wanted_b[0], self._config.scale_of(module), biases)
+
+    def _targets_tied(self, target: str) -> bool:
+        """PEFT's ``ensure_weight_tying`` adapts a tied tensor along with its owner."""
+        owner = self._ties.get(target)
+        return owner is not None and self._config.ensure_weight_tying and self._config.targets(split_tensor(owner)[0])
 
     def _transposed(self, module: str, shape: tuple[int, ...], a: Part, b: Part, embedding: bool) -> bool:
         """Whether the base stores [I, O]. Shape decides where it can; for a square weight the family, or the config where the family is unknown."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +10,7 @@ from qlora_tools.errors import CorruptError
 
 _MAX_PATTERN = 4096
 _MAX_RANK = 1 << 20
+_MAX_NUMBER = 1e300
 
 
 def is_empty(value: Any) -> bool:
@@ -33,7 +33,7 @@ class Fields:
         return value
 
     def checked_number(self, name: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -_MAX_NUMBER < value < _MAX_NUMBER:
             raise self._wrong(name, value, "a finite number")
         return float(value)
 

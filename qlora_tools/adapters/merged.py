@@ -186,9 +186,9 @@ def _rescaled(result: torch.Tensor, delta: Delta, span: Rows) -> torch.Tensor:
     _add_product(result, delta, delta.scale, span)
     magnitude_O = _finite(delta.magnitude.read(), delta.magnitude.key).reshape(-1).to(result.dtype)
     if delta.transposed:
-        return result * (magnitude_O / torch.linalg.vector_norm(result, dim=0))
+        return result.mul_(magnitude_O / torch.linalg.vector_norm(result, dim=0))
     lengths_O = torch.linalg.vector_norm(result.flatten(1), dim=1)
-    return result * (_rows(magnitude_O, span) / lengths_O).view(-1, *(1 for _ in result.shape[1:]))
+    return result.mul_((_rows(magnitude_O, span) / lengths_O).view(-1, *(1 for _ in result.shape[1:])))
 
 
 def _add_product(result: torch.Tensor, delta: Delta, scale: float, span: Rows) -> bool:

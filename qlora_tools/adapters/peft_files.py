@@ -126,6 +126,14 @@ def adapter_config(
     }
 
 
+def task_type_of(config: Mapping[str, Any]) -> str | None:
+    """PEFT's task type for a model's config.json; ``None`` where PEFT should use no task-specific wrapper."""
+    architecture = str((config.get("architectures") or [""])[0])
+    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        return "CAUSAL_LM"
+    return "SEQ_2_SEQ_LM" if architecture.endswith("ForConditionalGeneration") and config.get("is_encoder_decoder") else None
+
+
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Write ``adapter_config.json``."""
     (folder / FILE_NAME).write_bytes(canonical_json(dict(config)))

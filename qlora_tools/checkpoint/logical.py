@@ -14,7 +14,6 @@ import torch
 
 from qlora_tools.checkpoint.reader import CheckpointReader
 from qlora_tools.models.family import Family, family_of
-from qlora_tools.names import split_tensor
 from qlora_tools.quant.codec import Stored, detect
 from qlora_tools.specs import DTYPES, TensorSpec, dtype_of
 
@@ -39,7 +38,7 @@ class LogicalCheckpoint:
         if item is None:
             return self.stored.read(name, rows)
         parts = {part: self.stored.read(part) for part in item.parts}
-        if self.specs[name].shape == item.spec.shape:
+        if not self.family.stores_inputs_first(name, item.spec.shape):
             return item.codec.decode(item.spec, parts, rows)
         dense = item.codec.decode(item.spec, parts).T
         return dense if rows is None else dense[rows[0] : rows[1]]
@@ -51,7 +50,7 @@ class LogicalCheckpoint:
 
     def _oriented(self, spec: TensorSpec) -> TensorSpec:
         """bitsandbytes layers store [out, in] even where the dense model stores [in, out] (GPT-2's Conv1D)."""
-        turned = self.family.is_transposed(split_tensor(spec.name)[0]) and len(spec.shape) == 2
+        turned = self.family.stores_inputs_first(spec.name, spec.shape)
         return TensorSpec(spec.name, spec.dtype, spec.shape[::-1]) if turned else spec
 
     @property

@@ -123,21 +123,51 @@ def residual_energy(delta_OI: torch.Tensor, factors: LowRank, *, wide: bool = Fa
 def certify(delta_OI: torch.Tensor, found: Truncated, stored: LowRank, *, weight_norm: float = 0.0, noise: float = 0.0) -> Certificate:
     """The certificate of ``stored`` (``found.factors``, cut and rounded) for the delta that ``found`` was computed from.
 
-    ``noise``: energy of the rounding noise in D. Only a cut at ``found``'s own rank keeps its gap; a smaller rank is
-    bounded by the same residuals, since every kept pair's own share is at most their sum.
+    ``noise``: energy of the rounding noise in D.
     """
     energy, rank = found.energy, stored.rank
     if energy == 0.0:
         return Certificate(rank, 0.0, weight_norm, 0.0, 0.0, 0.0, True, math.sqrt(noise))
-    lost = residual_energy(delta_OI, stored) / energy
-    if lost < _FINE_ERROR:
-        lost = residual_energy(delta_OI, stored, wide=True) / energy
-    reached = max(0.0, 1.0 - float(found.spectrum[:rank].double().square().sum()) / energy)
-    if reached < _FINE_ERROR:  # the difference above has lost its digits
-        reached = min(lost, residual_energy(delta_OI, found.factors.cut(rank), wide=True) / energy)
-    best = max(0.0, min(reached, lost) - found.gap / energy)
-    optimum = math.sqrt(best)
-    return Certificate(rank, math.sqrt(energy), weight_norm, math.sqrt(lost), optimum, math.sqrt(reached) - optimum, found.exact, math.sqrt(noise))
+    lost = residual_energy(delta_OI, stored)
+    if lost < _FINE_ERROR * energy:
+        lost = residual_energy(delta_OI, stored, wide=True)
+    reached = max(0.0, energy - float(found.spectrum[:rank].double().square().sum()))
+    if reached < _FINE_ERROR * energy:  # the difference above has lost its digits
+        reached = residual_energy(delta_OI, found.factors.cut(rank), wide=True)
+    return certificate_of(found, rank, lost, reached=reached, weight_norm=weight_norm, noise=noise)
+
+
+def certificate_of(found: Truncated, rank: int, lost: float, *, reached: float | None = None, weight_norm: float = 0.0, noise: float = 0.0) -> Certificate:
+    """The certificate for the energy ``lost`` that was measured at ``rank`` (at most ``found``'s own).
+
+    ``reached``: energy lost before rounding, where the spectrum is too steep to tell. The gap of all kept pairs also
+    bounds that of the leading ones, since every pair's own share of it is positive.
+    """
+    energy = found.energy
+    if reached is None:
+        reached = max(0.0, energy - float(found.spectrum[:rank].double().square().sum()))
+    reached = min(reached, lost)
+    optimum = math.sqrt(max(0.0, reached - found.gap) / energy)
+    return Certificate(rank, math.sqrt(energy), weight_norm, math.sqrt(lost / energy), optimum, math.sqrt(reached / energy) - optimum, found.exact, math.sqrt(noise))
+
+
+def error_curve(delta_OI: torch.Tensor, stored: LowRank) -> torch.Tensor:
+    """||D - b[:, :r] a[:r]||_F^2 for every r from 0 to the rank (R + 1 values, float64, CPU), with the factors as stored.
+
+    From ``||D||^2 - 2 sum b_i^T D a_i + sum (b_i b_j)(a_i a_j)``, in float64 row tiles: one pass for all ranks.
+    """
+    a_RI, b_OR = stored.a_RI.double(), stored.b_OR.double()
+    cross_R = torch.zeros(stored.rank, dtype=torch.float64, device=a_RI.device)
+    energy = 0.0
+    for rows in _tiles(*delta_OI.shape):
+        tile = delta_OI[rows].double()
+        cross_R += ((b_OR[rows].T @ tile) * a_RI).sum(dim=1)
+        energy += float(tile.square().sum())
+    gram_RR = (b_OR.T @ b_OR) * (a_RI @ a_RI.T)
+    # the leading r x r block grows by row r, column r and the corner
+    grown_R = 2 * gram_RR.tril(-1).sum(dim=1) + gram_RR.diagonal()
+    steps = (grown_R - 2 * cross_R).cumsum(0).cpu()
+    return torch.cat([torch.zeros(1, dtype=torch.float64), steps]).add(energy).clamp(min=0.0)
 
 
 def _tiles(rows: int, columns: int) -> Iterator[slice]:

@@ -21,6 +21,7 @@ Axes: M shorter side, N longer side, L block, K basis, R rank, O/I rows/columns 
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import torch
@@ -166,7 +167,7 @@ def _gap(theta_K: torch.Tensor, w_LR: torch.Tensor, step_LL: torch.Tensor, rank:
 
 def _settled(theta_K: torch.Tensor, rank: int, gap: float, energy: float, tolerance: float) -> bool:
     left = max(0.0, 1.0 - float(theta_K[:rank].sum()) / energy)
-    return left**0.5 - max(0.0, left - gap / energy) ** 0.5 < tolerance
+    return math.sqrt(left) - math.sqrt(max(0.0, left - gap / energy)) < tolerance
 
 
 def _gram(d_MN: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

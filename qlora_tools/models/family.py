@@ -55,6 +55,11 @@ class Family:
         """True when the module's weight is stored [in, out] instead of [out, in]."""
         return any(pattern.search(module) for pattern in self.transposed)
 
+    def stores_inputs_first(self, tensor_name: str, shape: tuple[int, ...]) -> bool:
+        """True for the [in, out] weight of a transposed module. Never told from the shape: square weights exist."""
+        module, leaf = split_tensor(tensor_name)
+        return leaf == "weight" and len(shape) == 2 and self.is_transposed(module)
+
     def is_linear(self, tensor_name: str, shape: tuple[int, ...]) -> bool:
         """True for the 2-D ``weight`` of a layer that multiplies activations: not an embedding, head or norm."""
         module, leaf = split_tensor(tensor_name)

@@ -23,9 +23,10 @@ from qlora_tools.errors import UnsupportedError, UsageError
 from qlora_tools.quant.floats import bit_patterns, in_threads, refuse_non_finite
 from qlora_tools.quant.kernels import TINY, quantize_grid, quantize_rows
 
-# Reciprocal scales tried where a block's extreme value is +1. Negative ones put it on the long side of the grid.
+# Reciprocal scales tried where a block's extreme value is +1. Negative ones put it on the long side of the grid. The plain one is
+# among those tried, so the search never does worse.
 _PLAIN = {4: (-8.0,), 8: (-128.0,)}
-_TRIED = {4: (-7.5, -8.2, -9.0, -10.0, 7.0, 7.6, 8.4), 8: (-128.0, -129.5, -131.0, 127.0, 129.0)}
+_TRIED = {4: (-7.4, -8.0, -8.7, -9.6, 7.0, 7.7, 8.6), 8: (-128.0, -129.5, -131.0, 127.0, 129.0)}
 _REFITS = 2
 
 
@@ -68,24 +69,18 @@ def quantize_blocks(w_NK: torch.Tensor, grid: Grid, *, name: str = "", row: int 
     """
     bits, kind = bit_patterns(w_NK.cpu())
     n, k = bits.shape
-    codes = torch.empty((n, grid.blocks(k), grid.block), dtype=torch.int8)
+    packed = torch.empty(grid.packed_shape(n, k), dtype=torch.uint8)
     scale = torch.empty((n, grid.blocks(k)), dtype=torch.float32)
     inverses = np.array(_TRIED[grid.bits] if grid.search else _PLAIN[grid.bits], dtype=np.float32)
     refits = _REFITS if grid.search else 0
 
     def quantize(low: int, high: int) -> None:
-        quantize_grid(bits[low:high], kind, grid.block, grid.bits, inverses, refits, codes[low:high].numpy(), scale[low:high].numpy())
+        quantize_grid(bits[low:high], kind, grid.block, grid.bits, inverses, refits, packed[low:high].numpy(), scale[low:high].numpy())
 
     in_threads(quantize, n, 1, threads)
     if not bool(torch.isfinite(scale).all()):
         refuse_non_finite(name, w_NK, row=row)
-    return _pack(codes, grid), scale
-
-
-def _pack(codes_NBI: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Signed codes -> unsigned with the zero point added, two to a byte for 4 bits, the earlier in the low nibble."""
-    unsigned = (codes_NBI + grid.zero_point).to(torch.uint8) if grid.bits == 4 else codes_NBI.view(torch.uint8) ^ 0x80
-    return unsigned if grid.bits == 8 else unsigned[..., ::2] | (unsigned[..., 1::2] << 4)
+    return packed, scale
 
 
 def dequantize_blocks(packed_NBJ: torch.Tensor, scale_NB: torch.Tensor, grid: Grid, k: int) -> torch.Tensor:
@@ -136,12 +131,15 @@ def quantize_blocks_plain(w_NK: torch.Tensor, grid: Grid) -> tuple[torch.Tensor,
     inverse = torch.full_like(extreme, _PLAIN[grid.bits][0])
     scale = 1 / inverse
     if grid.search:
-        gain = torch.full_like(scale, -1.0)
+        least = torch.full_like(scale, torch.inf)
         for attempt in range(len(_TRIED[grid.bits]) + _REFITS):
             tried = torch.full_like(scale, _TRIED[grid.bits][attempt]) if attempt < len(_TRIED[grid.bits]) else 1 / scale
             codes = torch.round(unit * tried).clamp(low, high)
-            dot, square = (unit * codes).sum(-1, keepdim=True), (codes * codes).sum(-1, keepdim=True)
-            better = (square > 0) & (dot * dot > gain * square)
-            gain, scale, inverse = (torch.where(better, new, old) for new, old in ((dot * dot / square, gain), (dot / square, scale), (tried, inverse)))
-    codes = torch.round(unit * inverse).clamp(low, high).to(torch.int8)
-    return _pack(codes, grid), (scale * extreme).squeeze(-1)
+            error = unit - codes / tried
+            dot, square = (error * codes).sum(-1, keepdim=True), (codes * codes).sum(-1, keepdim=True).clamp(min=1)
+            left = (error * error).sum(-1, keepdim=True) - dot * dot / square
+            better = left < least
+            least, scale, inverse = (torch.where(better, new, old) for new, old in ((left, least), (1 / tried + dot / square, scale), (tried, inverse)))
+    unsigned = (torch.round(unit * inverse).clamp(low, high) + grid.zero_point).to(torch.uint8)
+    packed = unsigned if grid.bits == 8 else unsigned[..., ::2] | (unsigned[..., 1::2] << 4)
+    return packed, (scale * extreme).squeeze(-1)

@@ -27,10 +27,15 @@ def bit_patterns(tensor: torch.Tensor) -> tuple[np.ndarray, int]:
     tensor = tensor.detach()
     if tensor.dtype == torch.float64:
         tensor = tensor.float()
-    if tensor.dtype not in _KINDS:
-        raise UnsupportedError(f"cannot quantize {tensor.dtype} values", hint="quantization starts from bf16, fp16 or fp32 weights")
+    refuse_non_float(tensor)
     word = torch.uint32 if tensor.dtype == torch.float32 else torch.uint16
     return tensor.contiguous().view(word).numpy(), _KINDS[tensor.dtype]
+
+
+def refuse_non_float(tensor: torch.Tensor) -> None:
+    """Raises UnsupportedError for whole numbers and 8-bit floats."""
+    if tensor.dtype not in _KINDS and tensor.dtype != torch.float64:
+        raise UnsupportedError(f"cannot quantize {tensor.dtype} values", hint="quantization starts from bf16, fp16 or fp32 weights")
 
 
 def refuse_non_finite(name: str, tensor: torch.Tensor, *, row: int = 0) -> None:

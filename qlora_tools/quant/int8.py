@@ -16,7 +16,7 @@ import torch
 
 from qlora_tools.errors import CorruptError, NonFiniteError, UnsupportedError
 from qlora_tools.names import split_tensor
-from qlora_tools.quant.floats import TILE_ELEMENTS, bit_patterns, in_threads, refuse_non_finite, tiles
+from qlora_tools.quant.floats import TILE_ELEMENTS, bit_patterns, in_threads, refuse_non_finite, refuse_non_float, tiles
 from qlora_tools.quant.kernels import quantize_rows
 from qlora_tools.specs import TensorSpec
 
@@ -45,6 +45,7 @@ class Int8:
             NonFiniteError: NaN or infinity, or a magnitude that fp16 cannot hold.
         """
         assert tuple(dense.shape) == spec.shape, f"{spec} was given {list(dense.shape)}"
+        refuse_non_float(dense)  # before the cast to fp16 hides it
         weight, scales, layout = (part.name for part in self.part_specs(spec))
         codes = torch.empty(spec.shape, dtype=torch.int8)
         absmax = torch.empty(spec.shape[0], dtype=torch.float32)
@@ -77,8 +78,8 @@ class Int8:
             out[a - low : b - low] = codes[a:b] * absmax[a:b].unsqueeze(1) * _PER_CODE
         return out
 
-    def quantization_config(self, compute_dtype: str = "bfloat16") -> dict[str, object]:
-        """What ``config.json`` must say so that transformers loads the parts."""
+    def describe(self) -> dict[str, object]:
+        """``quantization_config`` of config.json, so that transformers loads the parts."""
         return {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False, "llm_int8_threshold": 6.0}
 
 

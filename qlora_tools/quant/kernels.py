@@ -46,15 +46,18 @@ _FP16_INF = np.float32(65536.0)  # what an fp16 infinity becomes by that route; 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """``numba.njit`` that releases the GIL; cached on disk where a cache folder can be written."""
+    compiled: Callable[..., Any]
     try:
-        return numba.njit(nogil=True, cache=True)(function)
+        compiled = numba.njit(nogil=True, cache=True)(function)
     except RuntimeError:  # numba: "no locator available", a read-only installation without a writable cache
-        return numba.njit(nogil=True)(function)
+        compiled = numba.njit(nogil=True)(function)
+    return compiled
 
 
 def _reordering(function: Callable[..., Any]) -> Callable[..., Any]:
     """``numba.njit`` for a sum whose terms may be added in any order; inlined into compiled callers."""
-    return numba.njit(nogil=True, fastmath={"reassoc"})(function)
+    compiled: Callable[..., Any] = numba.njit(nogil=True, fastmath={"reassoc"})(function)
+    return compiled
 
 
 @_compiled
@@ -174,20 +177,29 @@ def _round_to_grid(value, inverse, low, high):  # type: ignore[no-untyped-def]
 
 @_reordering
 def _fit(values, inverse, low, high):  # type: ignore[no-untyped-def]
-    """(sum value*code, sum code*code) for the codes of this reciprocal scale; their quotient is the least-squares scale."""
-    dot, square = _ZERO, _ZERO
+    """(squared error left, scale): the least-squares scale for the codes of this reciprocal scale, and what it leaves.
+
+    Computed from the error under the scale tried, so that nearly perfect 8-bit fits do not drown in cancellation.
+    """
+    scale = _ONE / inverse
+    dot, square, left = _ZERO, _ZERO, _ZERO
     for j in range(len(values)):
         code = _round_to_grid(values[j], inverse, low, high)
-        dot += values[j] * code
+        error = values[j] - scale * code
+        dot += error * code
         square += code * code
-    return dot, square
+        left += error * error
+    if square == _ZERO:
+        return left, scale
+    return left - dot * dot / square, scale + dot / square
 
 
 @_compiled
-def quantize_grid(bits_RK, kind, block, width, inverses, refits, codes_RBJ, scale_RB):  # type: ignore[no-untyped-def]
+def quantize_grid(bits_RK, kind, block, width, inverses, refits, packed_RBJ, scale_RB):  # type: ignore[no-untyped-def]
     """Signed-scale whole-number grid per block along K: ``value = code * scale`` with codes ``-2**(width-1) .. 2**(width-1)-1``.
 
-    ``bits_RK``; ``codes_RBJ`` int8 [rows, ceil(K/block), block], zero beyond K; ``scale_RB`` fp32. Inside a block values are divided by
+    ``bits_RK``; ``packed_RBJ`` uint8 [rows, ceil(K/block), block*width/8] takes ``code + 2**(width-1)``, of 4-bit codes the earlier in
+    the low nibble, zero beyond K; ``scale_RB`` fp32. Inside a block values are divided by
     the value of largest magnitude (the first of equals), so that this one becomes +1; ``inverses`` fp32[n] are the reciprocal scales
     tried there. With one and no ``refits`` that scale is used as it is. Otherwise the one whose codes, under their least-squares
     scale, leave the least squared error is taken, and code choice and least squares alternate ``refits`` more times. ``scale`` is
@@ -196,6 +208,7 @@ def quantize_grid(bits_RK, kind, block, width, inverses, refits, codes_RBJ, scal
     rows, columns = bits_RK.shape
     low, high = np.float32(-(1 << (width - 1))), np.float32((1 << (width - 1)) - 1)
     values = np.empty(block, np.float32)
+    codes = np.empty(block, np.uint8)
     for row in range(rows):
         line = bits_RK[row]
         for number in range(scale_RB.shape[1]):
@@ -204,10 +217,10 @@ def quantize_grid(bits_RK, kind, block, width, inverses, refits, codes_RBJ, scal
                 values[:] = _ZERO
             _widen(line[start : min(start + block, columns)], kind, values)
             largest = _largest(values, kind)
-            codes = codes_RBJ[row, number]
+            packed = packed_RBJ[row, number]
             if not largest >= TINY or not np.isfinite(largest):
                 scale_RB[row, number] = _ZERO if largest < TINY else np.float32(np.inf)
-                codes[:] = 0
+                packed[:] = 0x88 if width == 4 else 0x80
                 continue
             extreme = largest
             for j in range(block):
@@ -220,14 +233,17 @@ def quantize_grid(bits_RK, kind, block, width, inverses, refits, codes_RBJ, scal
             inverse = inverses[0]
             scale = _ONE / inverse
             if len(inverses) > 1 or refits > 0:
-                gain = np.float32(-1)
+                least = np.float32(np.inf)
                 for attempt in range(len(inverses) + refits):
                     tried = inverses[attempt] if attempt < len(inverses) else _ONE / scale
-                    dot, square = _fit(values, tried, low, high)
-                    if square > _ZERO and dot * dot > gain * square:
-                        gain = dot * dot / square
-                        scale = dot / square
-                        inverse = tried
+                    left, fitted = _fit(values, tried, low, high)
+                    if left < least:
+                        least, scale, inverse = left, fitted, tried
             scale_RB[row, number] = scale * extreme
             for j in range(block):
-                codes[j] = np.int8(_round_to_grid(values[j], inverse, low, high))
+                codes[j] = np.uint8(np.int32(_round_to_grid(values[j], inverse, low, high) - low))
+            if width == 4:
+                for j in range(block >> 1):
+                    packed[j] = np.uint8(codes[2 * j] | (codes[2 * j + 1] << np.uint8(4)))
+            else:
+                packed[:] = codes

@@ -35,21 +35,21 @@ STATE_SUFFIX = ".quant_state.bitsandbytes__nf4"
 
 @dataclass(frozen=True)
 class NF4:
-    """The codec. ``blocksize`` values share a scale; ``threads`` may work on one tensor (the engine already spreads tensors)."""
+    """The codec. ``block_size`` values share a scale; ``threads`` may work on one tensor (the engine already spreads tensors)."""
 
-    blocksize: int = 64
+    block_size: int = 64
     double_quant: bool = True
     threads: int = field(default=1, compare=False)
     name: ClassVar[str] = "nf4"
 
     def __post_init__(self) -> None:
-        if self.blocksize not in BLOCKSIZES:
-            raise UsageError(f"NF4 block size {self.blocksize} is not one of {', '.join(map(str, BLOCKSIZES))}", hint="64 is what QLoRA uses")
+        if self.block_size not in BLOCKSIZES:
+            raise UsageError(f"NF4 block size {self.block_size} is not one of {', '.join(map(str, BLOCKSIZES))}", hint="64 is what QLoRA uses")
 
     def _state(self, spec: TensorSpec, offset: float = 0.0) -> QuantState:
         if not spec.numel or not spec.shape:
             raise UnsupportedError(f"{spec}: NF4 needs at least one axis and one value")
-        return QuantState(self.blocksize, spec.dtype, spec.shape, offset if self.double_quant else None)
+        return QuantState(self.block_size, spec.dtype, spec.shape, offset if self.double_quant else None)
 
     def part_specs(self, spec: TensorSpec) -> tuple[TensorSpec, ...]:
         """The stored tensors of ``spec``, all known before the data."""
@@ -73,7 +73,7 @@ class NF4:
         self._state(spec)  # refuses what has no NF4 form
         if dense.is_cuda:
             return self._encode_cuda(spec, dense)
-        packed, absmax = quantize_blocks(dense, self.blocksize, self.threads)
+        packed, absmax = quantize_blocks(dense, self.block_size, self.threads)
         if not bool(torch.isfinite(absmax).all()):
             refuse_non_finite(spec.name, dense)
         parts = {spec.name: packed.unsqueeze(1), f"{spec.name}.absmax": absmax, f"{spec.name}.quant_map": torch.from_numpy(NF4_LEVELS.copy())}
@@ -90,7 +90,7 @@ class NF4:
 
         if not bool(torch.isfinite(dense).all()):
             refuse_non_finite(spec.name, dense)
-        packed, state = quantize_4bit(dense.contiguous(), blocksize=self.blocksize, compress_statistics=self.double_quant, quant_type="nf4")
+        packed, state = quantize_4bit(dense.contiguous(), blocksize=self.block_size, compress_statistics=self.double_quant, quant_type="nf4")
         parts = {spec.name: packed, f"{spec.name}.absmax": state.absmax, f"{spec.name}.quant_map": state.code}
         if self.double_quant:
             parts |= {f"{spec.name}.nested_absmax": state.state2.absmax, f"{spec.name}.nested_quant_map": state.state2.code}
@@ -124,8 +124,8 @@ class NF4:
             look_up(packed, scales, state.blocksize, start, stop, out.view(-1), self.threads)
         return out
 
-    def quantization_config(self, compute_dtype: str = "bfloat16") -> dict[str, object]:
-        """What ``config.json`` must say so that transformers loads the parts. It has no key for a block size; the parts carry it."""
+    def describe(self, compute_dtype: str = "bfloat16") -> dict[str, object]:
+        """``quantization_config`` of config.json, so that transformers loads the parts. It has no key for a block size; the parts carry it."""
         return {
             "quant_method": "bitsandbytes",
             "load_in_4bit": True,
@@ -148,7 +148,9 @@ def _fitting_parts(spec: TensorSpec, state: QuantState, parts: Mapping[str, torc
     if found != expected:
         raise CorruptError(f"{spec.name}: shape, packed bytes, absmax, nested absmax, 8-bit absmax are {found}, the quant_state asks for {expected}")
     if level_map is not None and not torch.allclose(level_map.float().cpu(), torch.from_numpy(NF4_LEVELS), atol=1e-3):
-        raise UnsupportedError(f"{spec.name}: its quant_map does not hold NF4's levels", hint="bitsandbytes itself would ignore this map and decode wrong values")
+        raise UnsupportedError(
+            f"{spec.name}: its quant_map does not hold NF4's levels", hint="bitsandbytes itself would ignore this map and decode wrong values"
+        )
     return packed, absmax, nested
 
 
@@ -254,5 +256,3 @@ def restore_absmax(codes: torch.Tensor, nested: torch.Tensor, level_map: torch.T
         raise CorruptError(f"nested_quant_map holds {level_map.numel()} values, expected 256")
     block = torch.arange(first, last, device=codes.device) // state.nested_blocksize
     return level_map.float()[codes[first:last].long()] * nested.float()[block] + torch.tensor(state.offset, dtype=torch.float32, device=codes.device)
-
-

@@ -84,7 +84,9 @@ def read_state(name: str, blob: torch.Tensor) -> QuantState:
     """
 
     def wrong(what: str) -> CorruptError:
-        return CorruptError(f"{name}: its bitsandbytes quant_state {what}", hint="the checkpoint is damaged or was not written by bitsandbytes; download it again")
+        return CorruptError(
+            f"{name}: its bitsandbytes quant_state {what}", hint="the checkpoint is damaged or was not written by bitsandbytes; download it again"
+        )
 
     if blob.dtype != torch.uint8 or blob.dim() != 1 or not 2 <= blob.numel() <= MAX_STATE_BYTES:
         raise wrong(f"is {blob.dtype} {list(blob.shape)}, expected uint8 of 2 to {MAX_STATE_BYTES} bytes")
@@ -92,16 +94,18 @@ def read_state(name: str, blob: torch.Tensor) -> QuantState:
         fields = json.loads(bytes(blob.cpu().numpy()).decode())
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise wrong(f"is not JSON ({type(error).__name__})") from None
-    if not isinstance(fields, dict) or not _REQUIRED <= fields.keys():
+    if not isinstance(fields, dict) or not fields.keys() >= _REQUIRED:
         raise wrong(f"lacks {', '.join(sorted(_REQUIRED - set(fields if isinstance(fields, dict) else ())))}")
     nested = bool(_NESTED & fields.keys())
     if unknown := fields.keys() - _REQUIRED - _NESTED:
         raise wrong(f"has unknown fields {', '.join(sorted(unknown))[:100]}")
-    if nested and not _NESTED <= fields.keys():
+    if nested and not fields.keys() >= _NESTED:
         raise wrong(f"lacks {', '.join(sorted(_NESTED - fields.keys()))}")
 
     if fields["quant_type"] != "nf4":
-        raise UnsupportedError(f"{name}: quant_type {str(fields['quant_type'])[:40]!r} is not supported", hint="only nf4 is; dequantize the model with bitsandbytes first")
+        raise UnsupportedError(
+            f"{name}: quant_type {str(fields['quant_type'])[:40]!r} is not supported", hint="only nf4 is; dequantize the model with bitsandbytes first"
+        )
     if not isinstance(fields["dtype"], str) or fields["dtype"] not in _DTYPES:
         raise UnsupportedError(f"{name}: quant_state dtype {str(fields['dtype'])[:40]!r}, expected one of {', '.join(_DTYPES)}")
     blocksize, shape = fields["blocksize"], fields["shape"]

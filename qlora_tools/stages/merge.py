@@ -59,9 +59,8 @@ def plan_merge(merged: Source, base: Source, changed: Collection[str], family: F
         comparable = name in changed and name in base.specs and base.specs[name].shape == spec.shape
         if name in quantized:
             assert codec is not None
-            stored = stored_spec(spec, family)
-            outputs.extend(codec.part_specs(stored))
-            units.append(encode_unit(codec, stored, "model", (Read("base", name),), _sums) if comparable else encode_unit(codec, stored, "model"))
+            outputs.extend(codec.part_specs(stored_spec(spec, family)))
+            units.append(encode_unit(codec, spec, family, (Read("base", name),), _sums) if comparable else encode_unit(codec, spec, family))
             continue
         outputs.append(spec)
         units.extend(_measured_copies(spec) if comparable else copy_units("model", spec))

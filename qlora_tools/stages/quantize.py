@@ -59,20 +59,20 @@ def plan_quantize(source: Source, family: Family, codec: Codec | None) -> Plan:
     for name, spec in source.specs.items():
         if name in chosen:
             assert codec is not None
-            stored = stored_spec(spec, family)
-            outputs.extend(codec.part_specs(stored))
-            units.append(encode_unit(codec, stored, "model"))
+            outputs.extend(codec.part_specs(stored_spec(spec, family)))
+            units.append(encode_unit(codec, spec, family))
         else:
             outputs.append(spec)
             units.extend(copy_units("model", spec))
     return Plan(tuple(outputs), tuple(units))
 
 
-def encode_unit(codec: Codec, stored: TensorSpec, source: str, others: Iterable[Read] = (), measure: Measure | None = None) -> Unit:
-    """One weight through ``codec``. ``stored`` has the orientation of the parts; a [in, out] source is turned."""
+def encode_unit(codec: Codec, spec: TensorSpec, family: Family, others: Iterable[Read] = (), measure: Measure | None = None) -> Unit:
+    """One weight of the source ``model`` through ``codec``; an [in, out] weight is turned to the [out, in] of the parts."""
+    turn = family.stores_inputs_first(spec.name, spec.shape)
+    stored = stored_spec(spec, family)
 
     def apply(dense: torch.Tensor, *rest: torch.Tensor) -> Outcome:
-        turn = dense.shape != stored.shape
         dense = dense.T.contiguous() if turn else dense
         parts = codec.encode(stored, dense)
         decoded = codec.decode(stored, parts)
@@ -82,13 +82,12 @@ def encode_unit(codec: Codec, stored: TensorSpec, source: str, others: Iterable[
         return Outcome(parts, QuantizeReport(stored.name, error, stored.nbytes, stored_bytes, extra))
 
     writes = tuple(Write(part.name) for part in codec.part_specs(stored))
-    return Unit(f"{codec.name} {stored.name}", (Read(source, stored.name), *others), writes, apply)
+    return Unit(f"{codec.name} {stored.name}", (Read("model", stored.name), *others), writes, apply)
 
 
 def stored_spec(spec: TensorSpec, family: Family) -> TensorSpec:
     """``spec`` in the [out, in] orientation that bitsandbytes layers store."""
-    turned = family.is_transposed(split_tensor(spec.name)[0])
-    return TensorSpec(spec.name, spec.dtype, spec.shape[::-1]) if turned else spec
+    return TensorSpec(spec.name, spec.dtype, spec.shape[::-1]) if family.stores_inputs_first(spec.name, spec.shape) else spec
 
 
 def quantization_config(codec: Codec | None, source: Source, family: Family) -> dict[str, Any] | None:
@@ -99,7 +98,11 @@ def quantization_config(codec: Codec | None, source: Source, family: Family) -> 
     if codec is None:
         return None
     chosen = set(quantized_names(source, family, codec))
-    return {**codec.describe(), "llm_int8_skip_modules": list(_dense_linears(source, family, chosen))}
+    described = codec.describe()
+    dtypes = [source.specs[name].torch_dtype for name in chosen]
+    if "bnb_4bit_compute_dtype" in described and dtypes:
+        described["bnb_4bit_compute_dtype"] = str(max(set(dtypes), key=dtypes.count)).removeprefix("torch.")
+    return {**described, "llm_int8_skip_modules": list(_dense_linears(source, family, chosen))}
 
 
 def _dense_linears(source: Source, family: Family, chosen: set[str]) -> Iterator[str]:

@@ -98,7 +98,7 @@ class RoundTripped:
             return self._checkpoint.read(name, rows)
         stored = stored_spec(self.specs[name], self._checkpoint.family)
         dense = self._checkpoint.read(name)
-        turned = dense.shape != stored.shape
+        turned = self._checkpoint.family.stores_inputs_first(name, dense.shape)
         decoded = self._codec.decode(stored, self._codec.encode(stored, dense.T.contiguous() if turned else dense))
         decoded = decoded.T if turned else decoded
         return decoded if rows is None else decoded[rows[0] : rows[1]]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from qlora_tools.lowrank.certificate import certify, noise_edge, noise_energy, residual_energy, total_of
+from qlora_tools.lowrank.certificate import certificate_of, certify, error_curve, noise_edge, noise_energy, residual_energy, total_of
 from qlora_tools.lowrank.factors import LowRank
 from qlora_tools.lowrank.svd import truncated_svd
 
@@ -56,6 +56,22 @@ def test_errors_far_below_fp32_are_still_measured() -> None:
     exact = float((delta.double() - found.factors.b_OR.double() @ found.factors.a_RI.double()).norm() / delta.double().norm())
     assert certificate.error == pytest.approx(exact, rel=1e-3)
     assert certificate.optimum <= certificate.error
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_error_curve_is_the_residual_of_every_cut(dtype: torch.dtype) -> None:
+    delta = weights(300, 200)
+    found = truncated_svd(delta, 24, seed=0)
+    stored = found.factors.to(dtype)
+    curve = error_curve(delta, stored)
+    assert curve.numel() == 25
+    for rank in (0, 1, 7, 24):
+        cut = stored.cut(rank)
+        expected = float((delta.double() - cut.b_OR.double() @ cut.a_RI.double()).square().sum())
+        assert float(curve[rank]) == pytest.approx(expected, rel=1e-10)
+        if rank:
+            whole, from_curve = certify(delta, found, cut), certificate_of(found, rank, float(curve[rank]))
+            assert from_curve.error == pytest.approx(whole.error, abs=1e-6) and from_curve.optimum == pytest.approx(whole.optimum, abs=1e-6)
 
 
 def test_zero_delta_has_no_error() -> None:

@@ -1,0 +1,137 @@
+"""One HTML page from a record: table, drawings, method. Self-contained: style and script inside, nothing fetched.
+
+The page is drawn from the record and nothing else, so the same record gives the same bytes. It reads on light and dark
+screens, on paper and without a script (only sorting needs one).
+"""
+
+from __future__ import annotations
+
+from html import escape
+from importlib import resources
+
+from qlora_tools.bench.charts import decay_chart, energy_chart, memory_chart, pareto_chart, timing_chart
+from qlora_tools.bench.pareto import decode_milliseconds, divergence_points, file_megabytes
+from qlora_tools.bench.record import BenchRecord
+from qlora_tools.bench.table import Cell, Column, Table, bench_table, failures, method, ties, write_kl
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+
+
+def bench_page(record: BenchRecord) -> str:
+    """The whole page."""
+    here = resources.files("qlora_tools.bench")
+    style, script = (here.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    sections = [_head(record), _tiles(record), _remarks(record), "<h2>Settings</h2>", _table(bench_table(record), record), _charts(record), _layers(record), _origin(record)]
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(record.title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n'
+        + "\n".join(section for section in sections if section)
+        + f"\n</main>\n<script>\n{script}</script>\n</body>\n</html>\n"
+    )
+
+
+def _head(record: BenchRecord) -> str:
+    cpu = record.machine.get("cpu") or "unknown processor"
+    return f'<h1>{escape(record.title)}</h1>\n<p class="lead">{escape(record.created[:10])} · {escape(str(cpu))} · {record.threads} thread{"s" * (record.threads > 1)}</p>'
+
+
+def _tiles(record: BenchRecord) -> str:
+    """The first answers: smallest file, fastest decode, least memory, closest to the reference."""
+    ran = [row for row in record.rows if row.status == "ok"]
+    names = {row.setting: record.setting(row.setting).name for row in ran}
+    references = {quality.reference for quality in record.quality}
+    tiles = []
+    sized = [(row.file_bytes, row.setting) for row in ran if row.file_bytes is not None]
+    if sized:
+        tiles.append((names[min(sized)[1]], f"smallest file: {min(sized)[0] / 1e6:,.1f} MB"))
+    quick = [(row.tpot_s, row.setting) for row in ran if row.tpot_s is not None]
+    if quick:
+        tiles.append((names[min(quick)[1]], f"fastest decode: {record.workload.batch / min(quick)[0]:,.0f} tokens/s"))
+    lean = [(row.memory.peak_bytes, row.setting) for row in ran if row.memory is not None and row.memory.peak_bytes is not None]
+    if lean:
+        tiles.append((names[min(lean)[1]], f"lowest peak memory: {min(lean)[0] / 1e6:,.0f} MB"))
+    close = [(q.figures["kl_mean"], q.setting) for q in record.quality if q.setting not in references and q.figures.get("kl_mean") is not None]
+    if close:
+        tiles.append((names[min(close)[1]], f"closest to the reference: KL {write_kl(min(close)[0])}"))
+    return '<div class="tiles">' + "".join(f'<div class="tile"><b>{escape(name)}</b><span>{escape(what)}</span></div>' for name, what in tiles) + "</div>" if len(ran) > 1 else ""
+
+
+def _remarks(record: BenchRecord) -> str:
+    items = [f'<li class="failure">{escape(text)}</li>' for text in failures(record)]
+    items += [f"<li>{escape(text)}</li>" for text in (*ties(record), *record.notes)]
+    return f'<ul class="notes">{"".join(items)}</ul>' if items else ""
+
+
+def _table(table: Table, record: BenchRecord) -> str:
+    heads = "".join(_heading(column) for column in table.columns)
+    best = {column.key: _best(column, [row[i] for row in table.rows]) for i, column in enumerate(table.columns)}
+    lines = []
+    for cells, row in zip(table.rows, record.rows, strict=True):
+        drawn = "".join(_cell(cell, cell.value is not None and cell.value == best[column.key]) for cell, column in zip(cells, table.columns, strict=True))
+        lines.append(f"<tr>{drawn}</tr>" if row.status == "ok" else f'<tr class="failed">{drawn}</tr>')
+    return f'<div class="scroll"><table class="sortable">\n<thead><tr>{heads}</tr></thead>\n<tbody>\n' + "\n".join(lines) + "\n</tbody>\n</table></div>"
+
+
+def _heading(column: Column) -> str:
+    return f'<th scope="col"><button type="button">{escape(column.title)}</button><small>{escape(column.unit) or "&nbsp;"}</small></th>'
+
+
+def _best(column: Column, cells: list[Cell]) -> float | None:
+    """The figure to mark; none where there is nothing to choose between."""
+    values = [cell.value for cell in cells if isinstance(cell.value, (int, float))]
+    if not column.better or len(set(values)) < 2:
+        return None
+    return min(values) if column.better == "low" else max(values)
+
+
+def _cell(cell: Cell, is_best: bool) -> str:
+    kind = ' class="best"' if is_best else ' class="none"' if cell.value is None else ""
+    note = f' title="{escape(cell.note, quote=True)}"' if cell.note else ""
+    value = "" if cell.value is None else f"{cell.value:.9g}" if isinstance(cell.value, (int, float)) else escape(cell.value, quote=True)
+    return f'<td{kind}{note} data-value="{value}">{escape(cell.text)}</td>'
+
+
+def _charts(record: BenchRecord) -> str:
+    marks = '<i class="key frontier"></i>on the frontier <i class="key rest"></i>another setting is at least as good in both. Whiskers: 95 % interval.'
+    split = '<i class="key a"></i>anonymous <i class="key b"></i>file-backed <i class="key peak"></i>peak of the process. Left of the dashed mark: the runtime itself, before the model was loaded.'
+    sure = "Median; whisker: 95 % interval from whole runs, where there are six or more."
+    work = record.workload
+    drawn = [
+        ("Size against divergence", marks, pareto_chart(divergence_points(record, file_megabytes), "file size (MB)")),
+        ("Speed against divergence", marks, pareto_chart(divergence_points(record, decode_milliseconds), "decode, median per token (ms)")),
+        ("Decode", sure, timing_chart(record, "decode", "milliseconds per token")),
+        (f"Prefill of {work.prompt_tokens} tokens", sure, timing_chart(record, "prefill", "milliseconds")),
+        ("Memory", split, memory_chart(record)),
+        ("Load", "From the call to a model that is ready; import of the runtime not included.", timing_chart(record, "load", "milliseconds")),
+    ]
+    return _figures("Trade-offs", drawn)
+
+
+def _layers(record: BenchRecord) -> str:
+    drawn = [
+        ("Energy kept per layer", "Share of the squared norm of the change that the adapter holds; the mark is the most its rank could hold.", energy_chart(record.layers)),
+        ("Decay of the singular values", "One line per layer; point at one for its name.", decay_chart(record.layers)),
+    ]
+    return _figures("Extracted layers", drawn)
+
+
+def _figures(title: str, drawn: list[tuple[str, str, str | None]]) -> str:
+    shown = [f"<figure><h3>{escape(name)}</h3><figcaption>{caption}</figcaption>{svg}</figure>" for name, caption, svg in drawn if svg]
+    return f'<h2>{escape(title)}</h2>\n<div class="charts">\n' + "\n".join(shown) + "\n</div>" if shown else ""
+
+
+def _origin(record: BenchRecord) -> str:
+    machine = record.machine
+    ram = machine.get("ram_bytes")
+    facts = [
+        ("Measured", record.created),
+        ("Method", method(record)),
+        ("Machine", f"{machine.get('cpu') or 'unknown'}, {machine.get('cores')} cores, {ram / 2**30:.0f} GiB" if ram else str(machine.get("cpu"))),
+        ("System", f"{machine.get('system')} {machine.get('kernel')} {machine.get('architecture')}, Python {machine.get('python')}"),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in sorted(record.versions.items()))),
+    ]
+    lines = [f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts]
+    if record.command:
+        lines.append(f"<dt>Command</dt><dd><code>{escape(' '.join(record.command))}</code></dd>")
+    lines += [f"<dt>{escape(setting.name)}</dt><dd><code>{escape(setting.export)}</code></dd>" for setting in record.settings if setting.export]
+    return '<h2>How this was measured</h2>\n<dl>' + "\n".join(lines) + "</dl>"

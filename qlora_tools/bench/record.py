@@ -1,0 +1,275 @@
+"""``bench.json``, schema ``qlt.bench/1``: the truth that the table, the page and the plots are drawn from.
+
+Frozen records that turn into JSON and back. Rules of the schema: every raw sample is kept; what is not known
+is ``null`` and its reason stands in the ``unknown`` map beside it under the same name, never a 0; a setting
+that failed stays as a row with ``status`` and ``reason``; paths are reduced to their last part. A reader of
+this version ignores keys it does not know and refuses other schemas.
+
+Times are seconds (``_s``), sizes bytes (``_bytes``), quality figures as ``quality`` defines them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from qlora_tools.bench.samples import Timing
+from qlora_tools.errors import CorruptError, MissingError, UsageError
+from qlora_tools.manifest import canonical_json
+
+SCHEMA = "qlt.bench/1"
+FILE_NAME = "bench.json"
+Status = Literal["ok", "oom", "timeout", "unsupported", "error"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to run the model. ``engine`` and ``options`` as in ``engine.py``; ``path`` is what its file size is counted on.
+
+    ``export`` is the command that makes it, for readers; ``environment`` is added to the worker's.
+    """
+
+    id: str
+    engine: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    label: str | None = None
+    scheme: str | None = None
+    path: str | None = None
+    export: str | None = None
+    threads: int | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.label or self.id
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What every setting is asked to do: ``prompt_tokens`` in, ``new_tokens`` out (the first by prefill), ``repeats`` times per round.
+
+    ``ids`` are the tokens to use, repeated as needed; without them seeded random ones are. At least ``warmup`` runs,
+    at most ``most_warmup``, come first, until three lie within 5 %.
+    """
+
+    prompt_tokens: int = 128
+    new_tokens: int = 65
+    batch: int = 1
+    repeats: int = 5
+    warmup: int = 3
+    most_warmup: int = 8
+    seed: int = 0
+    ids: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_tokens", "new_tokens", "batch", "repeats", "warmup"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}, expected 1 or more")
+        if self.ids is not None and not self.ids:
+            raise UsageError("the token ids of the workload are empty")
+
+    @property
+    def longest(self) -> int:
+        """Positions an engine must have room for."""
+        return self.prompt_tokens + self.new_tokens
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One worker process: what it measured, or why it did not. ``memory`` holds the readings per phase as ``memory.py`` takes them."""
+
+    round: int
+    status: Status
+    reason: str | None
+    wall_s: float
+    cpu_s: float | None
+    cpu_stall: float | None
+    import_s: float | None = None
+    load_s: float | None = None
+    warmup_s: tuple[float, ...] = ()
+    is_steady: bool | None = None
+    prefill_s: tuple[float, ...] = ()
+    ttft_s: tuple[float, ...] = ()
+    decode_s: tuple[tuple[float, ...], ...] = ()
+    total_s: tuple[float, ...] = ()
+    memory: Mapping[str, Any] = field(default_factory=dict)
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes, the largest over the rounds. Peaks are the kernel's high-water marks; ``anon`` and ``file`` are what was resident after the timed runs.
+
+    ``runtime_bytes`` was resident once the runtime was imported and before the model was loaded; it is part of
+    everything that follows. ``load_peak_bytes`` is since the process began, ``steady_peak_bytes`` since loading ended.
+    """
+
+    peak_bytes: int | None
+    load_peak_bytes: int | None
+    steady_peak_bytes: int | None
+    runtime_bytes: int | None
+    anon_bytes: int | None
+    file_bytes: int | None
+    pss_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting's figures over all rounds. ``status`` is the worst of its attempts' unless one went well."""
+
+    setting: str
+    status: Status
+    reason: str | None
+    attempts: tuple[Attempt, ...]
+    file_bytes: int | None = None
+    weights_bytes: int | None = None
+    load: Timing | None = None
+    prefill: Timing | None = None
+    ttft: Timing | None = None
+    decode: Timing | None = None
+    tpot_s: float | None = None
+    prefill_tokens_per_s: float | None = None
+    decode_tokens_per_s: float | None = None
+    memory: Memory | None = None
+    cpu_stall: float | None = None
+    unknown: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What a probe said of one setting against ``reference``; ``figures`` is the probe's own JSON."""
+
+    setting: str
+    reference: str
+    status: Status
+    reason: str | None
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    unknown: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One extracted layer, for the report's own section. Energies are shares of the squared norm of the change."""
+
+    name: str
+    shape: tuple[int, ...]
+    rank: int
+    kept_energy: float | None = None
+    best_energy: float | None = None
+    relative_error: float | None = None
+    singular_values: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class BenchRecord:
+    """All of one benchmark."""
+
+    created: str
+    command: tuple[str, ...]
+    machine: Mapping[str, Any]
+    versions: Mapping[str, str]
+    workload: Workload
+    rounds: int
+    threads: int
+    settings: tuple[Setting, ...]
+    rows: tuple[Row, ...]
+    quality: tuple[Quality, ...] = ()
+    comparisons: tuple[Mapping[str, Any], ...] = ()
+    layers: tuple[Layer, ...] = ()
+    notes: tuple[str, ...] = ()
+    title: str = "Benchmark"
+    schema: str = SCHEMA
+
+    def row(self, setting: str) -> Row:
+        return next(row for row in self.rows if row.setting == setting)
+
+    def setting(self, setting: str) -> Setting:
+        return next(found for found in self.settings if found.id == setting)
+
+    def quality_of(self, setting: str) -> Quality | None:
+        return next((found for found in self.quality if found.setting == setting), None)
+
+    def to_json(self) -> bytes:
+        """Canonical bytes; a number that is not finite is written as ``null``."""
+        return canonical_json(_plain(self))
+
+
+def parse_record(content: bytes, source: str = FILE_NAME) -> BenchRecord:
+    """A record from its JSON.
+
+    Raises:
+        CorruptError: not JSON, another schema, or a field missing or of the wrong kind.
+    """
+    try:
+        value = json.loads(content)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CorruptError(f"{source} is not JSON: {error}") from error
+    found = value.get("schema") if isinstance(value, dict) else type(value).__name__
+    if found != SCHEMA:
+        raise CorruptError(f"{source}: schema is {found!r}, expected {SCHEMA!r}", hint="measure again with this version")
+    try:
+        record: BenchRecord = _build(BenchRecord, value, "")
+    except (TypeError, ValueError, KeyError, UsageError) as error:
+        raise CorruptError(f"{source}: {error}", hint="measure again with this version") from error
+    return record
+
+
+def read_record(path: Path) -> BenchRecord:
+    """``bench.json``, or the folder that holds it."""
+    path = path / FILE_NAME if path.is_dir() else path
+    if not path.is_file():
+        raise MissingError(f"{path}: no such benchmark", hint="run `qlt bench` first")
+    return parse_record(path.read_bytes(), str(path))
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """``value`` as the annotated type ``kind``; ``where`` is the path for the message."""
+    origin = get_origin(kind)
+    if kind is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        options = get_args(kind)
+        if value is None and type(None) in options:
+            return None
+        return _build(next(option for option in options if option is not type(None)), value, where)
+    if dataclasses.is_dataclass(kind):
+        _expect(isinstance(value, dict), where, "an object", value)
+        hints = get_type_hints(kind)
+        return kind(**{name: _build(hints[name], value[name], f"{where}.{name}".lstrip(".")) for name in hints if name in value})  # type: ignore[operator]
+    if origin is tuple:
+        _expect(isinstance(value, list), where, "a list", value)
+        kinds = get_args(kind)
+        kinds = (kinds[0],) * len(value) if kinds[-1] is Ellipsis else kinds
+        return tuple(_build(item_kind, item, f"{where}[{i}]") for i, (item_kind, item) in enumerate(zip(kinds, value, strict=True)))
+    if origin is Literal:
+        _expect(value in get_args(kind), where, f"one of {get_args(kind)}", value)
+        return value
+    if kind in (dict, Mapping) or (origin is not None and issubclass(origin, Mapping)):
+        _expect(isinstance(value, dict), where, "an object", value)
+        return value
+    accepted = (int, float) if kind is float else kind
+    _expect(isinstance(value, accepted) and (kind is bool or not isinstance(value, bool)), where, kind.__name__, value)
+    return value
+
+
+def _expect(condition: bool, where: str, expected: str, found: Any) -> None:
+    if not condition:
+        raise ValueError(f"`{where}` is {type(found).__name__} {str(found)[:40]!r}, expected {expected}")

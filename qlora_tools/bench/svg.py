@@ -1,0 +1,118 @@
+"""The few drawing parts the charts share: scales with round ticks, text, placement of labels.
+
+Colours are CSS classes, so that one drawing reads on light and dark pages. All numbers are written with two
+decimals: the same record gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+CHAR_WIDTH = 6.4  # of the 12-unit label font, on average
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A value axis mapped onto the pixels ``start``..``end``. A log axis may show 0 too, apart from its decades."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    is_log: bool = False
+    foot: float = 0.0  # the share of the length kept for zero, below ``low``
+
+    def __call__(self, value: float) -> float:
+        if self.is_log:
+            if value <= 0:
+                return self.start
+            share = (math.log10(value) - math.log10(self.low)) / (math.log10(self.high) - math.log10(self.low))
+            first = self.start + self.foot * (self.end - self.start)
+            return first + min(max(share, 0.0), 1.0) * (self.end - first)
+        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+
+
+def linear_scale(values: Sequence[float], start: float, end: float, *, from_zero: bool = True) -> Scale:
+    """From 0 (or a round value below the least) to a round value above the largest."""
+    high = max(values, default=1.0)
+    low = 0.0 if from_zero else min(values)
+    step = _round_step((high - low) or abs(high) or 1.0)
+    low, high = math.floor(low / step) * step, math.ceil(high / step - 1e-9) * step
+    return Scale(low, high if high > low else low + step, start, end)
+
+
+def log_scale(values: Sequence[float], start: float, end: float) -> Scale:
+    """Whole decades around the positive values; room for 0 where 0 is among them."""
+    positive = [value for value in values if value > 0] or [1e-3, 1e-2]
+    low, high = math.floor(math.log10(min(positive)) + 1e-9), math.ceil(math.log10(max(positive)) - 1e-9)
+    return Scale(10.0**low, 10.0 ** max(high, low + 1), start, end, is_log=True, foot=0.1 if min(values, default=0.0) <= 0 else 0.0)
+
+
+def ticks(scale: Scale) -> list[tuple[float, str]]:
+    """(value, label) along an axis."""
+    if scale.is_log:
+        low, high = round(math.log10(scale.low)), round(math.log10(scale.high))
+        every = max(1, math.ceil((high - low) / 6))
+        decades = [(10.0**power, f"{10.0**power:g}") for power in range(low, high + 1, every)]
+        return [(0.0, "0"), *decades] if scale.foot else decades
+    step = _round_step(scale.high - scale.low)
+    count = round((scale.high - scale.low) / step)
+    return [(scale.low + i * step, f"{scale.low + i * step:,.10g}") for i in range(count + 1)]
+
+
+def _round_step(span: float) -> float:
+    raw = span / 5
+    power = 10.0 ** math.floor(math.log10(raw))
+    return next(factor * power for factor in (1, 2, 2.5, 5, 10) if raw <= factor * power * (1 + 1e-9))
+
+
+def text(x: float, y: float, content: str, kind: str = "", anchor: str = "start") -> str:
+    return f'<text x="{x:.2f}" y="{y:.2f}" class="{kind}" text-anchor="{anchor}">{escape(content)}</text>'
+
+
+def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
+    return f'<line x1="{x1:.2f}" y1="{y1:.2f}" x2="{x2:.2f}" y2="{y2:.2f}" class="{kind}"/>'
+
+
+def bar(x: float, y: float, width: float, height: float, kind: str, tip: str) -> str:
+    """A rectangle; the tip is the browser's own tooltip."""
+    shape = f'x="{x:.2f}" y="{y:.2f}" width="{max(width, 0):.2f}" height="{height:.2f}" rx="2" class="{kind}"'
+    return f"<rect {shape}><title>{escape(tip)}</title></rect>"
+
+
+def figure(parts: Sequence[str], width: float, height: float, label: str) -> str:
+    """The whole drawing, with its name for screen readers."""
+    return f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label, quote=True)}">{"".join(parts)}</svg>'
+
+
+def place_labels(anchors: Sequence[tuple[float, float, str]], left: float, right: float, top: float, bottom: float) -> list[tuple[float, float, str]]:
+    """A place (x, baseline y, anchor) for each (x, y, text), beside its mark, clear of marks and of labels placed before where that can be had."""
+    taken = [(x - 7, y - 7, x + 7, y + 7) for x, y, _ in anchors]
+    placed = []
+    for x, y, content in anchors:
+        width = CHAR_WIDTH * len(content)
+        options = [(x + 11, y + 4, "start"), (x - 11, y + 4, "end"), (x, y - 12, "middle"), (x, y + 21, "middle")]
+        options += [(x + 11 * side, y + 4 + rise, anchor) for rise in (-16, 18, -32, 34) for side, anchor in ((1, "start"), (-1, "end"))]
+        best, best_cost = options[0], math.inf
+        for option in options:
+            box = _box(option, width)
+            outside = box[0] < left or box[2] > right or box[1] < top or box[3] > bottom
+            cost = 10.0 * outside + sum(_overlap(box, other) for other in taken) / 100
+            if cost < best_cost - 1e-9:
+                best, best_cost = option, cost
+        taken.append(_box(best, width))
+        placed.append(best)
+    return placed
+
+
+def _box(place: tuple[float, float, str], width: float) -> tuple[float, float, float, float]:
+    x, y, anchor = place
+    start = x - {"start": 0.0, "middle": width / 2, "end": width}[anchor]
+    return start, y - 11, start + width, y + 3
+
+
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))

@@ -1,0 +1,164 @@
+"""One measurement in one fresh process: ``python -m qlora_tools.bench.worker CONFIG.json``.
+
+The order matters. Memory is read before anything heavy is imported; the engine's module is imported; the
+engine is loaded; the peak is reset; the workload is warmed up and timed; memory is read again. The result is
+written beside its final name and renamed, so the parent finds a whole file or none. What went wrong is told by
+``status`` in the result and by the exit code alike (:data:`EXIT_CODES`); a worker that dies without a result
+is the parent's to explain.
+
+The configuration (plain JSON): ``job`` (``"latency"``, or the import path of a probe
+``probe(engine, reference, options) -> dict``), ``engine`` and ``options`` (see ``engine.py``), ``threads``,
+``result`` (the file to write), ``deadline_s``; for latency a ``workload``; for a probe its ``probe_options``
+and a ``reference`` with ``engine`` and ``options``.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qlora_tools.bench.engine import Engine, locate
+from qlora_tools.bench.memory import read_memory, reset_peak
+from qlora_tools.errors import UnsupportedError
+
+EXIT_CODES = {"ok": 0, "error": 1, "oom": 3, "unsupported": 8}
+LATENCY = "latency"
+_STEADY_SPREAD = 0.05
+_STEADY_RUNS = 3
+_OOM_WORDS = ("out of memory", "bad_alloc", "bad allocation", "can't allocate memory", "cannot allocate memory", "failed to allocate memory", "alloc_failed")
+
+
+def main(arguments: list[str]) -> int:
+    """Run the job that the configuration file names; returns the exit code."""
+    config = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
+    if config.get("deadline_s"):  # a worker whose parent was killed must not stay for ever
+        signal.alarm(math.ceil(config["deadline_s"]) + 5)
+    try:
+        result = {"status": "ok", "reason": None, **run_job(config)}
+    except Exception as error:
+        traceback.print_exc()
+        result = {"status": status_of(error), "reason": reason_of(error)}
+    write_result(Path(config["result"]), result)
+    return EXIT_CODES[result["status"]]
+
+
+def run_job(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Load the engine and do the job; the result is plain JSON."""
+    memory = {"baseline": read_memory().record()}
+    started = time.perf_counter()
+    factory = locate(config["engine"])
+    imported = time.perf_counter()
+    memory["imported"] = read_memory().record()
+    load_started = time.perf_counter()
+    engine: Engine = factory(threads=config["threads"], **config["options"])
+    loaded = time.perf_counter()
+    memory["loaded"] = read_memory().record()
+    try:
+        result = {"import_s": imported - started, "load_s": loaded - load_started, "info": dict(engine.info()), "memory": memory}
+        if config["job"] == LATENCY:
+            memory["peak_was_reset"] = reset_peak()
+            result |= measure_latency(engine, config["workload"], int(result["info"]["vocab_size"]))
+            memory["steady"] = read_memory().record()
+        else:
+            result["figures"] = run_probe(engine, config)
+    finally:
+        engine.close()
+    return result
+
+
+def run_probe(engine: Engine, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A probe by name, with a second engine as its reference. The reference is loaded even where it is the same model: a floor is measured, not assumed."""
+    reference: Engine = locate(config["reference"]["engine"])(threads=config["threads"], **config["reference"]["options"])
+    try:
+        return dict(locate(config["job"])(engine, reference, config["probe_options"]))
+    finally:
+        reference.close()
+
+
+def measure_latency(engine: Engine, workload: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
+    """Warm up until steady, then time ``repeats`` generations. Every setting is fed the same tokens."""
+    prompt_BT, continuation_NB = workload_tokens(workload, vocab_size)
+    warmup_s: list[float] = []
+    while len(warmup_s) < workload["warmup"] or (len(warmup_s) < workload["most_warmup"] and not is_steady(warmup_s)):
+        warmup_s.append(time_generation(engine, prompt_BT, continuation_NB)["total_s"])
+    gc.collect()
+    gc.disable()
+    try:
+        runs = [time_generation(engine, prompt_BT, continuation_NB) for _ in range(workload["repeats"])]
+    finally:
+        gc.enable()
+    return {"warmup_s": warmup_s, "is_steady": is_steady(warmup_s), "runs": runs}
+
+
+def time_generation(engine: Engine, prompt_BT: Any, continuation_NB: Any) -> dict[str, Any]:
+    """One generation in seconds: ``prefill_s``, ``ttft_s`` (prefill and the choice of a token), one ``decode_s`` per further token, ``total_s``."""
+    clock = time.perf_counter
+    decode_s = []
+    started = clock()
+    logits = engine.prefill(prompt_BT)
+    prefilled = clock()
+    logits.argmax(-1)
+    first = last = clock()
+    for tokens_B in continuation_NB:
+        engine.decode(tokens_B)
+        now = clock()
+        decode_s.append(now - last)
+        last = now
+    return {"prefill_s": prefilled - started, "ttft_s": first - started, "decode_s": decode_s, "total_s": last - started}
+
+
+def workload_tokens(workload: Mapping[str, Any], vocab_size: int) -> tuple[Any, Any]:
+    """(prompt i64[B, T], the tokens fed afterwards i64[N, B]): given ids, or seeded random ones."""
+    import numpy as np
+
+    batch, length, steps = workload["batch"], workload["prompt_tokens"], workload["new_tokens"] - 1
+    given = workload.get("ids")
+    if given is None:
+        ids = np.random.Generator(np.random.PCG64(workload["seed"])).integers(0, vocab_size, (batch, length + steps))
+    else:
+        row = np.asarray(given, dtype=np.int64)
+        ids = np.tile(np.resize(row, length + steps), (batch, 1))
+    ids = np.ascontiguousarray(ids.astype(np.int64))
+    return ids[:, :length], np.ascontiguousarray(ids[:, length:].T)
+
+
+def is_steady(total_s: list[float]) -> bool:
+    """True when the last three generations lie within 5 % of each other."""
+    last = total_s[-_STEADY_RUNS:]
+    return len(last) == _STEADY_RUNS and max(last) - min(last) <= _STEADY_SPREAD * min(last)
+
+
+def status_of(error: BaseException) -> str:
+    """``oom``, ``unsupported`` or ``error``: allocators of the various runtimes share words, not classes."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or any(word in str(error).lower() for word in _OOM_WORDS):
+        return "oom"
+    return "unsupported" if isinstance(error, UnsupportedError) else "error"
+
+
+def reason_of(error: BaseException) -> str:
+    """One line: the class, unless the message speaks for itself, and the message's first line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def write_result(path: Path, result: Mapping[str, Any]) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as stream:
+        json.dump(result, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

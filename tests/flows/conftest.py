@@ -1,0 +1,56 @@
+"""Run ``qlt`` in this process, in an empty working folder, as a user would type it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from qlora_tools.cli import main as cli
+
+
+@dataclass
+class Done:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self):
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """An empty working folder, made current."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def qlt(here, capfd):
+    """``qlt("quantize", model, "--nf4")`` -> exit code and output."""
+
+    def call(*words) -> Done:
+        capfd.readouterr()
+        arguments = [str(word) for word in words]
+        try:
+            cli.group.main(arguments, prog_name="qlt", standalone_mode=False)
+            code = 0
+        except BaseException as error:
+            code = cli.report(error, as_json="--json" in arguments)
+            if code == 70:
+                raise
+        out, err = capfd.readouterr()
+        return Done(code, out, err)
+
+    return call
+
+
+def files(folder: Path) -> set[str]:
+    """Relative paths of everything below ``folder`` but the session's own memory."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and ".qlt" not in path.parts}
