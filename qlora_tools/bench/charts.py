@@ -13,6 +13,7 @@ from qlora_tools.bench.record import BenchRecord, Layer
 from qlora_tools.bench.samples import Timing
 from qlora_tools.bench.svg import CHAR_WIDTH, Scale, bar, figure, line, linear_scale, log_scale, place_labels, text, ticks
 from qlora_tools.bench.table import write_kl
+from qlora_tools.names import layer_index
 
 WIDTH = 620.0
 _BAR_HEIGHT, _BAR_STEP = 18.0, 32.0
@@ -36,7 +37,9 @@ def pareto_chart(points: Sequence[Point], x_title: str) -> str | None:
         kind = "point best" if point.on_frontier else "point"
         if point.interval and point.y > 0:
             parts.append(line(x(point.x), y(point.interval[0]), x(point.x), y(point.interval[1]), "whisker soft"))
-        tip = f"{point.name}: {point.x:,.4g}, KL {write_kl(point.y)}" + (f" ({write_kl(point.interval[0])} to {write_kl(point.interval[1])})" if point.interval else "")
+        tip = f"{point.name}: {point.x:,.4g}, KL {write_kl(point.y)}" + (
+            f" ({write_kl(point.interval[0])} to {write_kl(point.interval[1])})" if point.interval else ""
+        )
         parts.append(f'<circle cx="{x(point.x):.2f}" cy="{y(point.y):.2f}" r="6" class="{kind}"><title>{escape(tip)}</title></circle>')
     anchors = [(x(point.x), y(point.y), point.name) for point in points]
     for (tx, ty, anchor), point in zip(place_labels(anchors, left, right, top, bottom), points, strict=True):
@@ -95,7 +98,9 @@ def memory_chart(record: BenchRecord) -> str | None:
         start = 0.0
         for kind, what, amount in (("fill-a", "anonymous", memory.anon_bytes), ("fill-b", "file-backed", memory.file_bytes)):
             if amount:
-                parts.append(bar(x(start / 1e6) + 1, y, x((start + amount) / 1e6) - x(start / 1e6) - 1, _BAR_HEIGHT, kind, f"{name}: {amount / 1e6:,.1f} MB {what}"))
+                parts.append(
+                    bar(x(start / 1e6) + 1, y, x((start + amount) / 1e6) - x(start / 1e6) - 1, _BAR_HEIGHT, kind, f"{name}: {amount / 1e6:,.1f} MB {what}")
+                )
                 start += amount
         peak = x((memory.peak_bytes or 0) / 1e6)
         parts += [line(peak, y - 4, peak, y + _BAR_HEIGHT + 4, "peak"), text(peak + 7, y + 13.5, f"{(memory.peak_bytes or 0) / 1e6:,.0f}", "value")]
@@ -106,27 +111,46 @@ def memory_chart(record: BenchRecord) -> str | None:
 
 
 def energy_chart(layers: Sequence[Layer]) -> str | None:
-    """Per layer the share of the change's energy that its rank keeps; the mark is the most that rank could keep."""
+    """A map of modules over layer numbers: the share of the change's energy that each one's rank keeps."""
     found = [layer for layer in layers if layer.kept_energy is not None]
-    if not found:
+    tips = [
+        f"{100 * (layer.kept_energy or 0.0):.2f} % kept at rank {layer.rank}"
+        + ("" if layer.best_energy is None else f", at most {100 * layer.best_energy:.2f} %")
+        for layer in found
+    ]
+    return _layer_map(found, [100 * (layer.kept_energy or 0.0) for layer in found], tips, "Energy kept per layer, percent")
+
+
+def rank_chart(layers: Sequence[Layer]) -> str | None:
+    """The same map of ranks; nothing to draw where all are equal."""
+    if len({layer.rank for layer in layers}) < 2:
         return None
-    step, height = (20.0, 12.0) if len(found) <= 60 else (12.0, 7.0)
-    left = _label_room([layer.name for layer in found], most=300.0)
-    x = linear_scale([100.0], left, WIDTH - 78)
-    bottom = 10 + step * len(found)
+    return _layer_map(layers, [float(layer.rank) for layer in layers], [f"rank {layer.rank}" for layer in layers], "Rank per layer")
+
+
+def _layer_map(layers: Sequence[Layer], values: Sequence[float], tips: Sequence[str], title: str) -> str | None:
+    if not layers:
+        return None
+    numbers = [layer_index(layer.name) for layer in layers]
+    kinds = [layer.name if number is None else layer.name.split(f"{number}.", 1)[-1] for layer, number in zip(layers, numbers, strict=True)]
+    rows, columns = list(dict.fromkeys(kinds)), sorted({number or 0 for number in numbers})
+    left = _label_room(rows)
+    step, height = (WIDTH - left - 8) / len(columns), 26.0
+    low, high = min(values), max(values)
     parts = []
-    for value, label in ticks(x):
-        parts += [line(x(value), 4, x(value), bottom, "grid"), text(x(value), bottom + 18, label, "tick", "middle")]
-    for i, layer in enumerate(found):
-        y = 10 + i * step
-        kept = 100 * (layer.kept_energy or 0.0)
-        tip = f"{layer.name} {list(layer.shape)}, rank {layer.rank}: {kept:.2f} % kept" + (f", best possible {100 * layer.best_energy:.2f} %" if layer.best_energy is not None else "")
-        parts += [text(left - 8, y + height - 1, _shorten(layer.name, left - 12), "small", "end"), bar(left, y, x(kept) - left, height, "fill-a", tip)]
-        if layer.best_energy is not None:
-            parts.append(line(x(100 * layer.best_energy), y - 1, x(100 * layer.best_energy), y + height + 1, "peak"))
-        parts.append(text(WIDTH - 68, y + height - 1, f"rank {layer.rank}", "small"))
-    parts.append(text((left + WIDTH - 78) / 2, bottom + 40, "energy of the change that is kept (%)", "title", "middle"))
-    return figure(parts, WIDTH, bottom + 52, "Energy kept per layer")
+    for layer, kind, number, value, tip in zip(layers, kinds, numbers, values, tips, strict=True):
+        x, y = left + columns.index(number or 0) * step, 6 + rows.index(kind) * height
+        strength = 0.15 + 0.85 * ((value - low) / (high - low) if high > low else 1.0)
+        shape = f'x="{x + 1:.2f}" y="{y + 1:.2f}" width="{step - 2:.2f}" height="{height - 2:.2f}" rx="3" fill-opacity="{strength:.3f}"'
+        parts.append(f'<rect {shape} class="fill-a"><title>{escape(f"{layer.name} {list(layer.shape)}: {tip}")}</title></rect>')
+        if step >= 27:
+            parts.append(text(x + step / 2, y + height / 2 + 4, f"{value:.0f}", "on-dark" if strength > 0.65 else "on-light", "middle"))
+    parts += [text(left - 9, 6 + i * height + height / 2 + 4, _shorten(kind, left - 12), "label muted", "end") for i, kind in enumerate(rows)]
+    bottom = 6 + len(rows) * height
+    every = max(1, -(-len(columns) // 16))
+    parts += [text(left + (i + 0.5) * step, bottom + 17, str(number), "tick", "middle") for i, number in enumerate(columns) if i % every == 0]
+    parts.append(text(left + (WIDTH - left - 8) / 2, bottom + 38, "layer", "title", "middle"))
+    return figure(parts, WIDTH, bottom + 48, title)
 
 
 def decay_chart(layers: Sequence[Layer]) -> str | None:
@@ -160,10 +184,10 @@ def _bar_frame(x: Scale, count: int, title: str) -> tuple[list[str], float]:
     return parts, bottom
 
 
-def _label_room(names: Sequence[str], most: float = 220.0) -> float:
-    return min(max(CHAR_WIDTH * max(map(len, names)) + 20, 60.0), most)
+def _label_room(names: Sequence[str]) -> float:
+    return min(max(CHAR_WIDTH * max(map(len, names)) + 20, 60.0), 220.0)
 
 
 def _shorten(name: str, room: float) -> str:
-    fits = int(room / (CHAR_WIDTH * 0.86))
+    fits = int(room / CHAR_WIDTH)
     return name if len(name) <= fits else "…" + name[-(fits - 1) :]

@@ -52,10 +52,11 @@ def run_worker(config: Mapping[str, Any], *, timeout_s: float, environment: Mapp
 
 def worker_environment(threads: int, extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """The parent's environment with threads pinned, hub downloads off and this package importable."""
-    environment = {**os.environ, **dict.fromkeys(_THREAD_VARIABLES, str(threads)), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    pinned = dict.fromkeys(_THREAD_VARIABLES, str(threads))
+    environment = {**os.environ, **pinned, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", **(extra or {})}
     if _PACKAGE_PARENT not in site.getsitepackages():  # run from a source tree
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (environment.get("PYTHONPATH"), _PACKAGE_PARENT)))
-    return environment | dict(extra or {})
+    return environment
 
 
 def _spawn_and_wait(folder: Path, timeout_s: float, environment: Mapping[str, str]) -> tuple[int | None, float | None]:

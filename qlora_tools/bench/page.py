@@ -9,19 +9,29 @@ from __future__ import annotations
 from html import escape
 from importlib import resources
 
-from qlora_tools.bench.charts import decay_chart, energy_chart, memory_chart, pareto_chart, timing_chart
+from qlora_tools.bench.charts import decay_chart, energy_chart, memory_chart, pareto_chart, rank_chart, timing_chart
 from qlora_tools.bench.pareto import decode_milliseconds, divergence_points, file_megabytes
 from qlora_tools.bench.record import BenchRecord
 from qlora_tools.bench.table import Cell, Column, Table, bench_table, failures, method, ties, write_kl
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+_QUALITY = frozenset({"ppl", "kl", "top1", "retention"})  # the reference wins these by definition
 
 
 def bench_page(record: BenchRecord) -> str:
     """The whole page."""
     here = resources.files("qlora_tools.bench")
     style, script = (here.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    sections = [_head(record), _tiles(record), _remarks(record), "<h2>Settings</h2>", _table(bench_table(record), record), _charts(record), _layers(record), _origin(record)]
+    sections = [
+        _head(record),
+        _tiles(record),
+        _remarks(record),
+        "<h2>Settings</h2>",
+        _table(bench_table(record), record),
+        _charts(record),
+        _layers(record),
+        _origin(record),
+    ]
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(record.title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n'
@@ -53,7 +63,11 @@ def _tiles(record: BenchRecord) -> str:
     close = [(q.figures["kl_mean"], q.setting) for q in record.quality if q.setting not in references and q.figures.get("kl_mean") is not None]
     if close:
         tiles.append((names[min(close)[1]], f"closest to the reference: KL {write_kl(min(close)[0])}"))
-    return '<div class="tiles">' + "".join(f'<div class="tile"><b>{escape(name)}</b><span>{escape(what)}</span></div>' for name, what in tiles) + "</div>" if len(ran) > 1 else ""
+    return (
+        '<div class="tiles">' + "".join(f'<div class="tile"><b>{escape(name)}</b><span>{escape(what)}</span></div>' for name, what in tiles) + "</div>"
+        if len(ran) > 1
+        else ""
+    )
 
 
 def _remarks(record: BenchRecord) -> str:
@@ -64,10 +78,22 @@ def _remarks(record: BenchRecord) -> str:
 
 def _table(table: Table, record: BenchRecord) -> str:
     heads = "".join(_heading(column) for column in table.columns)
-    best = {column.key: _best(column, [row[i] for row in table.rows]) for i, column in enumerate(table.columns)}
+    references = {quality.reference for quality in record.quality}
+    best = {}
+    for i, column in enumerate(table.columns):
+        rivals = [cells[i] for cells, row in zip(table.rows, record.rows, strict=True) if column.key not in _QUALITY or row.setting not in references]
+        best[column.key] = _best(column, rivals)
     lines = []
     for cells, row in zip(table.rows, record.rows, strict=True):
-        drawn = "".join(_cell(cell, cell.value is not None and cell.value == best[column.key]) for cell, column in zip(cells, table.columns, strict=True))
+        is_reference = row.setting in references
+        drawn = "".join(
+            _cell(
+                cell,
+                cell.value is not None and cell.value == best[column.key] and not (is_reference and column.key in _QUALITY),
+                is_reference and column.key == "setting",
+            )
+            for cell, column in zip(cells, table.columns, strict=True)
+        )
         lines.append(f"<tr>{drawn}</tr>" if row.status == "ok" else f'<tr class="failed">{drawn}</tr>')
     return f'<div class="scroll"><table class="sortable">\n<thead><tr>{heads}</tr></thead>\n<tbody>\n' + "\n".join(lines) + "\n</tbody>\n</table></div>"
 
@@ -84,11 +110,11 @@ def _best(column: Column, cells: list[Cell]) -> float | None:
     return min(values) if column.better == "low" else max(values)
 
 
-def _cell(cell: Cell, is_best: bool) -> str:
+def _cell(cell: Cell, is_best: bool, is_reference: bool) -> str:
     kind = ' class="best"' if is_best else ' class="none"' if cell.value is None else ""
     note = f' title="{escape(cell.note, quote=True)}"' if cell.note else ""
     value = "" if cell.value is None else f"{cell.value:.9g}" if isinstance(cell.value, (int, float)) else escape(cell.value, quote=True)
-    return f'<td{kind}{note} data-value="{value}">{escape(cell.text)}</td>'
+    return f'<td{kind}{note} data-value="{value}">{escape(cell.text)}{"<em>reference</em>" if is_reference else ""}</td>'
 
 
 def _charts(record: BenchRecord) -> str:
@@ -109,7 +135,8 @@ def _charts(record: BenchRecord) -> str:
 
 def _layers(record: BenchRecord) -> str:
     drawn = [
-        ("Energy kept per layer", "Share of the squared norm of the change that the adapter holds; the mark is the most its rank could hold.", energy_chart(record.layers)),
+        ("Energy kept per layer", "Percent of the squared norm of the change that the adapter holds; darker keeps more.", energy_chart(record.layers)),
+        ("Rank per layer", "As chosen; darker is higher.", rank_chart(record.layers)),
         ("Decay of the singular values", "One line per layer; point at one for its name.", decay_chart(record.layers)),
     ]
     return _figures("Extracted layers", drawn)
@@ -134,4 +161,4 @@ def _origin(record: BenchRecord) -> str:
     if record.command:
         lines.append(f"<dt>Command</dt><dd><code>{escape(' '.join(record.command))}</code></dd>")
     lines += [f"<dt>{escape(setting.name)}</dt><dd><code>{escape(setting.export)}</code></dd>" for setting in record.settings if setting.export]
-    return '<h2>How this was measured</h2>\n<dl>' + "\n".join(lines) + "</dl>"
+    return "<h2>How this was measured</h2>\n<dl>" + "\n".join(lines) + "</dl>"

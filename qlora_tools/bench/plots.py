@@ -8,6 +8,7 @@ from typing import Any
 
 from qlora_tools.bench.pareto import Point, decode_milliseconds, divergence_points, file_megabytes
 from qlora_tools.bench.record import BenchRecord
+from qlora_tools.bench.svg import place_labels
 
 _BLUE, _TEAL, _GREY, _INK = "#2a6fdb", "#1b9e8a", "#9a9992", "#1d1d1b"
 _STYLE = {
@@ -59,12 +60,36 @@ def _pareto(axes: Any, points: list[Point], x_title: str) -> bool:
         if point.interval:
             axes.vlines(point.x, *point.interval, color=colour, linewidth=1)
         axes.plot(point.x, point.y, "o", color=colour, markersize=5)
-        axes.annotate(point.name, (point.x, point.y), xytext=(5, 5), textcoords="offset points", fontsize=8, color=_INK)
-    axes.set_xlim(left=0, right=1.2 * max(point.x for point in points))
+    axes.set_xlim(left=0, right=1.15 * max(point.x for point in points))
     axes.set_ylim(bottom=0)
     axes.set_xlabel(x_title)
     axes.set_ylabel("KL to the reference (nats)")
+    _label_points(axes, points)
     return True
+
+
+def _label_points(axes: Any, points: list[Point]) -> None:
+    """Names beside their marks, where the page's placement would put them."""
+    from matplotlib.patheffects import withStroke
+
+    axes.figure.canvas.draw()  # settles the layout, so that marks have pixels
+    box = axes.get_window_extent()
+    scale = 12 / (8 * axes.figure.dpi / 72)  # the placement thinks in a 12-unit font
+    marks = [(x * scale, -y * scale, point.name) for point, (x, y) in zip(points, axes.transData.transform([(p.x, p.y) for p in points]), strict=True)]
+    places = place_labels(marks, box.x0 * scale, box.x1 * scale, -box.y1 * scale, -box.y0 * scale)
+    inverse = axes.transData.inverted()
+    halo = [withStroke(linewidth=2.5, foreground="white")]
+    for point, (x, y, anchor) in zip(points, places, strict=True):
+        where = inverse.transform((x / scale, -y / scale))
+        axes.text(
+            *where,
+            point.name,
+            ha={"start": "left", "middle": "center", "end": "right"}[anchor],
+            va="baseline",
+            fontsize=8,
+            color=_INK if point.on_frontier else _GREY,
+            path_effects=halo,
+        )
 
 
 def _timing(axes: Any, record: BenchRecord, field: str, title: str) -> bool:

@@ -93,8 +93,14 @@ def measure_once(setting: Setting, workload: Workload, number: int, *, threads: 
     runs = outcome.get("runs", [])
     return Attempt(
         round=number,
-        **{name: outcome[name] for name in ("status", "reason", "wall_s", "cpu_s", "cpu_stall")},
-        **{name: outcome.get(name) for name in ("import_s", "load_s", "is_steady")},
+        status=outcome["status"],
+        reason=outcome["reason"],
+        wall_s=outcome["wall_s"],
+        cpu_s=outcome["cpu_s"],
+        cpu_stall=outcome["cpu_stall"],
+        import_s=outcome.get("import_s"),
+        load_s=outcome.get("load_s"),
+        is_steady=outcome.get("is_steady"),
         warmup_s=tuple(outcome.get("warmup_s", ())),
         prefill_s=tuple(run["prefill_s"] for run in runs),
         ttft_s=tuple(run["ttft_s"] for run in runs),
@@ -155,7 +161,11 @@ def summarise_row(setting: Setting, workload: Workload, attempts: Sequence[Attem
         decode_tokens_per_s=workload.batch / tpot if tpot else None,
         memory=memory,
         cpu_stall=max(stalls) if stalls else None,
-        unknown={**unknown, **missing, **({} if tpot else {"tpot_s": "one new token has no decode step", "decode_tokens_per_s": "one new token has no decode step"})},
+        unknown={
+            **unknown,
+            **missing,
+            **({} if tpot else {"tpot_s": "one new token has no decode step", "decode_tokens_per_s": "one new token has no decode step"}),
+        },
     )
 
 
@@ -210,7 +220,9 @@ def _notes(rows: Sequence[Row]) -> tuple[str, ...]:
     notes = []
     contended = [row.setting for row in rows if (row.cpu_stall or 0) > _CONTENDED]
     if contended:
-        notes.append(f"The machine was busy: tasks waited for a CPU more than {_CONTENDED:.0%} of the time beside {shortened(contended)}. Trust ratios, not absolute times.")
+        notes.append(
+            f"The machine was busy: tasks waited for a CPU more than {_CONTENDED:.0%} of the time beside {shortened(contended)}. Trust ratios, not absolute times."
+        )
     unsteady = [row.setting for row in rows if any(attempt.is_steady is False for attempt in row.attempts)]
     if unsteady:
         notes.append(f"Warm-up did not settle within 5 % for {shortened(unsteady)}.")

@@ -56,7 +56,7 @@ def ticks(scale: Scale) -> list[tuple[float, str]]:
     if scale.is_log:
         low, high = round(math.log10(scale.low)), round(math.log10(scale.high))
         every = max(1, math.ceil((high - low) / 6))
-        decades = [(10.0**power, f"{10.0**power:g}") for power in range(low, high + 1, every)]
+        decades = [(10.0**power, f"{10.0**power:g}" if power > -4 else f"1e{power}") for power in range(low, high + 1, every)]
         return [(0.0, "0"), *decades] if scale.foot else decades
     step = _round_step(scale.high - scale.low)
     count = round((scale.high - scale.low) / step)

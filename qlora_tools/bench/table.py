@@ -62,7 +62,7 @@ def bench_table(record: BenchRecord) -> Table:
         (Column("decode_p95", "p95", "ms", "low"), lambda row: _quantile(row.decode, "p95_s")),
         (Column("decode_p99", "p99", "ms", "low"), lambda row: _quantile(row.decode, "p99_s")),
         (Column("tokens", "Decode", "tok/s", "high"), lambda row: _number(row.decode_tokens_per_s, "{:,.0f}", row.unknown.get("decode_tokens_per_s", ""))),
-        (Column("peak", "Peak RSS", "MB", "low"), lambda row: _bytes(row.memory and row.memory.peak_bytes, _memory_note(row))),
+        (Column("peak", "Peak RSS", "MB", "low"), lambda row: _bytes(row.memory.peak_bytes if row.memory else None, _memory_note(row))),
         (Column("ppl", "Perplexity", "", "low"), lambda row: _figure(record, row, "ppl_candidate", "{:.2f}")),
         (Column("kl", "KL", "nats", "low"), lambda row: _figure(record, row, "kl_mean", "kl")),
         (Column("top1", "Top-1", "%", "high"), lambda row: _figure(record, row, "top1_agreement", "{:.1f}", 100.0)),

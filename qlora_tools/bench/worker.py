@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
         signal.alarm(math.ceil(config["deadline_s"]) + 5)
     try:
         result = {"status": "ok", "reason": None, **run_job(config)}
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever an engine raises becomes the row's reason
         traceback.print_exc()
         result = {"status": status_of(error), "reason": reason_of(error)}
     write_result(Path(config["result"]), result)
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
 
 def run_job(config: Mapping[str, Any]) -> dict[str, Any]:
     """Load the engine and do the job; the result is plain JSON."""
-    memory = {"baseline": read_memory().record()}
+    memory: dict[str, Any] = {"baseline": read_memory().record()}
     started = time.perf_counter()
     factory = locate(config["engine"])
     imported = time.perf_counter()
@@ -63,7 +63,7 @@ def run_job(config: Mapping[str, Any]) -> dict[str, Any]:
     loaded = time.perf_counter()
     memory["loaded"] = read_memory().record()
     try:
-        result = {"import_s": imported - started, "load_s": loaded - load_started, "info": dict(engine.info()), "memory": memory}
+        result: dict[str, Any] = {"import_s": imported - started, "load_s": loaded - load_started, "info": dict(engine.info()), "memory": memory}
         if config["job"] == LATENCY:
             memory["peak_was_reset"] = reset_peak()
             result |= measure_latency(engine, config["workload"], int(result["info"]["vocab_size"]))

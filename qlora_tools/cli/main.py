@@ -133,12 +133,13 @@ def _flush() -> None:
 
 
 def as_plain(value: Any) -> Any:
-    """Records, paths and tuples as what JSON knows."""
+    """Records (with their derived properties), paths and tuples as what JSON knows."""
     from dataclasses import fields, is_dataclass
     from pathlib import Path
 
     if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: as_plain(getattr(value, field.name)) for field in fields(value)}
+        derived = [name for name, member in vars(type(value)).items() if isinstance(member, property) and not name.startswith("_")]
+        return {name: as_plain(getattr(value, name)) for name in (*(field.name for field in fields(value)), *derived)}
     if isinstance(value, dict):
         return {str(key): as_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import click
 
 from qlora_tools.cli.screen import Screen
 from qlora_tools.cli.session import Session
 
+
+class _Size(click.ParamType):
+    """``20MB``, ``1.5GB``, ``512KiB`` or a plain number of bytes."""
+
+    name = "size"
+    _units: ClassVar[dict[str, float]] = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", str(value))
+        if not match or match[2].lower() not in self._units:
+            self.fail(f"{value!r} is not a size; write 20MB, 1.5GB or a number of bytes", param, ctx)
+        return int(float(match[1]) * self._units[match[2].lower()])
+
+
+SIZE = _Size()
 F = TypeVar("F", bound=Callable[..., Any])
 
 

@@ -64,13 +64,14 @@ def tiles(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
         start = end
 
 
-def in_threads(work: Callable[[int, int], None], stop: int, step: int, threads: int) -> None:
-    """``work(low, high)`` over ``0:stop``, cut at multiples of ``step`` into at most ``threads`` pieces that run at once."""
-    share = -(-stop // max(threads, 1))
+def in_threads(work: Callable[[int, int], None], stop: int, step: int, threads: int, start: int = 0) -> None:
+    """``work(low, high)`` over ``start:stop``, cut at multiples of ``step`` into at most ``threads`` pieces that run at once."""
+    share = -(-(stop - start) // max(threads, 1))
     share = -(-share // step) * step
-    if share >= stop:
-        work(0, stop)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        for piece in [pool.submit(work, low, high) for low, high in tiles(0, stop, share)]:
-            piece.result()
+    pieces = list(tiles(start, stop, share)) if share else []
+    if len(pieces) == 1:
+        work(*pieces[0])
+    elif pieces:
+        with ThreadPoolExecutor(threads) as pool:
+            for piece in [pool.submit(work, low, high) for low, high in pieces]:
+                piece.result()

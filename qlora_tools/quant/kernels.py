@@ -67,6 +67,12 @@ def _as_float(word):  # type: ignore[no-untyped-def]
 
 
 @_compiled
+def _as_word(value):  # type: ignore[no-untyped-def]
+    """The bits of an fp32 value, as uint32."""
+    return np.float32(value).view(np.uint32)
+
+
+@_compiled
 def _widen(bits, kind, out):  # type: ignore[no-untyped-def]
     """``out`` fp32[n] = the floats whose bit patterns are ``bits``."""
     n = len(bits)
@@ -124,16 +130,39 @@ def quantize_nf4(bits, kind, blocksize, packed, absmax, first, last):  # type: i
 
 
 @_compiled
-def look_up_nf4(packed, table, blocksize, start, stop, out):  # type: ignore[no-untyped-def]
-    """``out[i] = table[block of (start + i), code of (start + i)]`` for the flat elements ``start:stop``.
+def _narrow(value, kind):  # type: ignore[no-untyped-def]
+    """The bits of an fp32 value rounded to ``kind``, half to even, as uint32."""
+    word = _as_word(value)
+    if kind == FP32:
+        return word
+    magnitude = np.uint32(word & np.uint32(0x7FFFFFFF))
+    if kind == BF16:
+        if magnitude > np.uint32(0x7F800000):  # NaN; the carry below would lose it
+            return np.uint32(0x7FC0)
+        return np.uint32((word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+    sign = np.uint32((word >> np.uint32(16)) & np.uint32(0x8000))
+    if magnitude >= np.uint32(0x47800000):  # 65536 and up, NaN
+        return np.uint32(sign | (np.uint32(0x7E00) if magnitude > np.uint32(0x7F800000) else np.uint32(0x7C00)))
+    if magnitude < np.uint32(0x38800000):  # below 2**-14: adding 0.5 rounds at fp16's subnormal step
+        return np.uint32(sign | (_as_word(_as_float(magnitude) + np.float32(0.5)) - np.uint32(0x3F000000)))
+    rounded = np.uint32(magnitude + np.uint32(0xFFF) + ((magnitude >> np.uint32(13)) & np.uint32(1)))
+    return np.uint32(sign | ((rounded - np.uint32(0x38000000)) >> np.uint32(13)))
 
-    ``table`` [blocks, 16] holds the finished values (level times absmax, rounded to the output dtype) as bit patterns; its row 0
-    belongs to the block of ``start``. ``packed`` is the whole tensor's.
+
+@_compiled
+def dequantize_nf4(packed, absmax, blocksize, kind, start, stop, out):  # type: ignore[no-untyped-def]
+    """Flat elements ``start:stop`` as bit patterns of ``kind``: level * absmax in fp32, rounded once.
+
+    ``packed`` is the whole tensor's; ``absmax`` begins at the block of ``start``; ``out`` [stop - start] is uint16 or uint32. A block
+    has 16 possible values: they are computed once and then looked up.
     """
+    values = np.empty(16, out.dtype)
     first = start // blocksize
     for block in range(first, (stop + blocksize - 1) // blocksize):
+        scale = absmax[block - first]
+        for k in range(16):
+            values[k] = _narrow(NF4_LEVELS[k] * scale, kind)
         low, high = max(block * blocksize, start), min((block + 1) * blocksize, stop)
-        values = table[block - first]
         target = out[low - start : high - start]
         if low & 1:
             target[0] = values[packed[low >> 1] & np.uint8(15)]

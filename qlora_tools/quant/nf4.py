@@ -25,8 +25,8 @@ from typing import ClassVar
 import torch
 
 from qlora_tools.errors import CorruptError, UnsupportedError, UsageError
-from qlora_tools.quant.floats import TILE_ELEMENTS, bit_patterns, in_threads, refuse_non_finite, tiles
-from qlora_tools.quant.kernels import NF4_LEVELS, NF4_MIDPOINTS, TINY, look_up_nf4, quantize_nf4
+from qlora_tools.quant.floats import TILE_ELEMENTS, bit_patterns, in_threads, refuse_non_finite
+from qlora_tools.quant.kernels import NF4_LEVELS, NF4_MIDPOINTS, TINY, dequantize_nf4, quantize_nf4
 from qlora_tools.quant.quant_state import BLOCKSIZES, NESTED_BLOCKSIZE, QuantState, read_state, stored_length, write_state
 from qlora_tools.specs import TensorSpec
 
@@ -119,9 +119,9 @@ class NF4:
         if nested is not None:
             scales = restore_absmax(absmax, nested, parts[f"{spec.name}.nested_quant_map"], state, first, last)
         if packed.is_cuda:
-            out.copy_(_look_up_plain(packed, scales, state.blocksize, start, stop).view_as(out))
+            out.copy_(dequantize_blocks_plain(packed, scales, state.blocksize, start, stop).view_as(out))
         else:
-            look_up(packed, scales, state.blocksize, start, stop, out.view(-1), self.threads)
+            dequantize_blocks(packed, scales, state.blocksize, start, stop, out.view(-1), self.threads)
         return out
 
     def describe(self, compute_dtype: str = "bfloat16") -> dict[str, object]:
@@ -188,25 +188,20 @@ def quantize_blocks_plain(values_N: torch.Tensor, blocksize: int) -> tuple[torch
     return (codes[::2] << 4) | codes[1::2], absmax
 
 
-def look_up(packed: torch.Tensor, absmax_B: torch.Tensor, blocksize: int, start: int, stop: int, out: torch.Tensor, threads: int = 1) -> None:
-    """Decode flat elements ``start:stop`` into ``out``; ``absmax_B`` begins at the block of ``start``.
-
-    For each block its 16 possible values are computed and rounded once; the kernel then only looks them up.
-    """
-    words = torch.int16 if out.element_size() == 2 else torch.int32
-    source, target, levels = packed.numpy(), out.view(words).numpy(), torch.from_numpy(NF4_LEVELS)
+def dequantize_blocks(packed: torch.Tensor, absmax_B: torch.Tensor, blocksize: int, start: int, stop: int, out: torch.Tensor, threads: int = 1) -> None:
+    """Decode flat elements ``start:stop`` of a CPU tensor into ``out`` [stop - start]; ``absmax_B`` begins at the block of ``start``."""
+    target, kind = bit_patterns(out)
+    source, scales = packed.numpy(), absmax_B.numpy()
     base = start // blocksize
 
     def decode(low: int, high: int) -> None:
-        for a, b in tiles(start + low, start + high, TILE_ELEMENTS):
-            first, last = a // blocksize - base, -(-b // blocksize) - base
-            table = (absmax_B[first:last].unsqueeze(1) * levels).to(out.dtype).view(words).numpy()
-            look_up_nf4(source, table, blocksize, a, b, target[a - start : b - start])
+        a, b = max(low, start), min(high, stop)
+        dequantize_nf4(source, scales[a // blocksize - base :], blocksize, kind, a, b, target[a - start : b - start])
 
-    in_threads(decode, stop - start, TILE_ELEMENTS, threads)
+    in_threads(decode, stop, TILE_ELEMENTS, threads, start)
 
 
-def _look_up_plain(packed: torch.Tensor, absmax_B: torch.Tensor, blocksize: int, start: int, stop: int) -> torch.Tensor:
+def dequantize_blocks_plain(packed: torch.Tensor, absmax_B: torch.Tensor, blocksize: int, start: int, stop: int) -> torch.Tensor:
     """The same in plain torch, fp32, on the device of ``packed``."""
     pairs = packed[start // 2 : (stop + 1) // 2]
     codes = torch.stack([pairs >> 4, pairs & 15], 1).view(-1)[start % 2 : start % 2 + stop - start]

@@ -156,13 +156,20 @@ class _Pair:
     def names(self) -> list[tuple[str, str, str]]:
         """(name, its name in base, its name in tuned), in order; a side that ties the name gives its owner."""
         every = sorted(self.base.keys() | self.tuned.keys())
-        found = [(name, name if name in self.base else self.base_ties.get(name, ""), name if name in self.tuned else self.tuned_ties.get(name, "")) for name in every]
+        found = [
+            (name, name if name in self.base else self.base_ties.get(name, ""), name if name in self.tuned else self.tuned_ties.get(name, "")) for name in every
+        ]
         lost = [name for name, base, tuned in found if not tuned]
         added = [name for name, base, tuned in found if not base]
         if lost:
-            raise MissingError(f"the tuned model lacks {len(lost)} tensors of the base: {shortened(lost)}", hint="are the two of the same architecture, and is the tuned checkpoint complete?")
+            raise MissingError(
+                f"the tuned model lacks {len(lost)} tensors of the base: {shortened(lost)}",
+                hint="are the two of the same architecture, and is the tuned checkpoint complete?",
+            )
         if added:
-            raise IncompatibleError(f"the tuned model has {len(added)} tensors that the base lacks: {shortened(added)}", hint="give the base that the tuned model was trained from")
+            raise IncompatibleError(
+                f"the tuned model has {len(added)} tensors that the base lacks: {shortened(added)}", hint="give the base that the tuned model was trained from"
+            )
         return found
 
 
@@ -174,7 +181,9 @@ def _sort(pair: _Pair, family: Family, config: ExtractConfig) -> list[Piece]:
     pieces, wrong = [], []
     for name, base_name, tuned_name in names:
         spec, other = pair.base[base_name], pair.tuned[tuned_name]
-        if spec.shape != other.shape and not (_role(name, family) in ("embedding", "head") and len(spec.shape) == len(other.shape) and spec.shape[1:] == other.shape[1:]):
+        if spec.shape != other.shape and not (
+            _role(name, family) in ("embedding", "head") and len(spec.shape) == len(other.shape) and spec.shape[1:] == other.shape[1:]
+        ):
             wrong.append(f"`{name}` is {list(other.shape)}, base has {list(spec.shape)}")
             continue
         role, reason = _treatment(name, spec, other, family, config, linears, chosen)
@@ -182,11 +191,15 @@ def _sort(pair: _Pair, family: Family, config: ExtractConfig) -> list[Piece]:
         embedding = role == "factor" and _role(name, family) == "embedding"
         pieces.append(Piece(name, role, spec, base_name, tuned_name, transposed, embedding, reason))
     if wrong:
-        raise IncompatibleError(f"{len(wrong)} tensors of the tuned model have other shapes: {'; '.join(wrong)}", hint="give the base that the tuned model was trained from")
+        raise IncompatibleError(
+            f"{len(wrong)} tensors of the tuned model have other shapes: {'; '.join(wrong)}", hint="give the base that the tuned model was trained from"
+        )
     return pieces
 
 
-def _treatment(name: str, spec: TensorSpec, other: TensorSpec, family: Family, config: ExtractConfig, linears: Mapping[str, str], chosen: set[str]) -> tuple[str, str]:
+def _treatment(
+    name: str, spec: TensorSpec, other: TensorSpec, family: Family, config: ExtractConfig, linears: Mapping[str, str], chosen: set[str]
+) -> tuple[str, str]:
     """(role, reason) of a tensor; the reason is what a report or error says about a tensor that is left out."""
     module, leaf = split_tensor(name)
     if any(re.search(pattern, name) for pattern in config.drop):
@@ -235,7 +248,10 @@ def _check_rank(pieces: Iterable[Piece], config: ExtractConfig) -> None:
     narrow = [(min(sides(piece.spec)), piece) for piece in pieces if piece.role == "factor" and min(sides(piece.spec)) < rank]
     if narrow:
         named = shortened(f"`{piece.name}` {list(piece.spec.shape)}" for _, piece in narrow)
-        raise UsageError(f"rank {rank} is above the smaller side of {len(narrow)} tensors: {named}", hint=f"use --rank {min(side for side, _ in narrow)} or less, or --rank auto")
+        raise UsageError(
+            f"rank {rank} is above the smaller side of {len(narrow)} tensors: {named}",
+            hint=f"use --rank {min(side for side, _ in narrow)} or less, or --rank auto",
+        )
 
 
 def _units(piece: Piece, tuned: Mapping[str, TensorSpec], config: ExtractConfig, known_hashes: Mapping[str, str | None]) -> list[Unit]:
@@ -249,4 +265,7 @@ def _units(piece: Piece, tuned: Mapping[str, TensorSpec], config: ExtractConfig,
         spec = TensorSpec(piece.name, tuned[piece.tuned_name].dtype, tuned[piece.tuned_name].shape)
         return [Unit(f"read {tile_label(piece.name, rows)}", (Read("tuned", piece.tuned_name, rows),), (), inspect_new(piece.name)) for rows in row_tiles(spec)]
     check = compare(piece.name, keep_change=piece.role == "bias", refuse_change=piece.reason if piece.role == "refused" else None)
-    return [Unit(f"compare {tile_label(piece.name, rows)}", (Read("base", piece.base_name, rows), Read("tuned", piece.tuned_name, rows)), (), check) for rows in row_tiles(piece.spec)]
+    return [
+        Unit(f"compare {tile_label(piece.name, rows)}", (Read("base", piece.base_name, rows), Read("tuned", piece.tuned_name, rows)), (), check)
+        for rows in row_tiles(piece.spec)
+    ]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from qlora_tools.adapters.peft_files import Target, adapter_config, saved_key
+from qlora_tools.adapters.peft_files import Target, adapter_config, saved_key, task_type_of
 from qlora_tools.engine.plan import Outcome, Plan, Unit, Write, copy_units
 from qlora_tools.errors import IncompatibleError, UsageError
 from qlora_tools.lowrank.certificate import Certificate, Total, total_of
@@ -69,35 +69,47 @@ class Extracted:
     report: ExtractReport
 
 
-def finish(extraction: Extraction, reports: Iterable[Any], tuned_specs: Mapping[str, TensorSpec], *, base_model: str | None = None, task_type: str | None = None) -> Extracted:
+def finish(
+    extraction: Extraction,
+    reports: Iterable[Any],
+    tuned_specs: Mapping[str, TensorSpec],
+    *,
+    base_config: Mapping[str, Any] | None = None,
+    base_model: str | None = None,
+) -> Extracted:
     """Choose ranks and lay out the adapter from the reports of ``extraction.plan``.
+
+    ``base_config``: the base's config.json, for the class that PEFT will wrap. ``base_model``: what the adapter says its
+    base is.
 
     Raises:
         IncompatibleError: nothing that could be factored changed. UsageError: ``max_bytes`` does not hold what must be
         saved whole.
     """
-    return _Result(extraction, list(reports), tuned_specs).build(base_model, task_type)
+    return _Result(extraction, list(reports), tuned_specs, dict(base_config or {})).build(base_model)
 
 
 class _Result:
     """The reports of one extraction, sorted; each method answers one question about the adapter."""
 
-    def __init__(self, extraction: Extraction, reports: list[Any], tuned_specs: Mapping[str, TensorSpec]) -> None:
-        self._extraction, self._tuned = extraction, tuned_specs
+    def __init__(self, extraction: Extraction, reports: list[Any], tuned_specs: Mapping[str, TensorSpec], base_config: Mapping[str, Any]) -> None:
+        self._extraction, self._tuned, self._base_config = extraction, tuned_specs, base_config
         self._pieces = extraction.pieces
         self._factored = {report.name: report for report in reports if isinstance(report, Factored) and report.factors is not None}
         self._frozen = sum(isinstance(report, Factored) and report.factors is None for report in reports)
         self._compared = _tiles_added(report for report in reports if isinstance(report, Compared))
-        self._live = _live_names(extraction)
+        self._live = _live_names(extraction, base_config)
 
-    def build(self, base_model: str | None, task_type: str | None) -> Extracted:
+    def build(self, base_model: str | None) -> Extracted:
         biases = [name for name in self._of_role("bias") if self._compared[name].changed]
         whole = self._saved_whole()
         ranks = self._ranks(self._whole_bytes(whole, biases))
         kept = {name: rank for name, rank in ranks.items() if rank}
         if not kept:
             found = f"; changed but not factored: {shortened([*whole, *biases])}" if whole or biases else ""
-            raise IncompatibleError(f"no targeted linear differs between base and tuned{found}", hint="PEFT needs at least one; check --base, --tuned and --targets")
+            raise IncompatibleError(
+                f"no targeted linear differs between base and tuned{found}", hint="PEFT needs at least one; check --base, --tuned and --targets"
+            )
         as_lora = bool(biases) and self._biases_fit_lora(kept, biases)
         targets = {name: self._targets(name, rank, as_lora) for name, rank in kept.items()}
         outputs, units = self._factor_units(targets, as_lora)
@@ -112,7 +124,7 @@ class _Result:
             bias="all" if biases and not as_lora else "none",
             ensure_weight_tying=any(name in self._extraction.tied.values() for name in (*whole, *kept)),
             base_model=base_model,
-            task_type=task_type,
+            task_type=task_type_of(self._base_config),
         )
         hashes = {self._pieces[name].base_name: digest for name in kept if (digest := self._factored[name].base_sha256)}
         plan = Plan(tuple(outputs), tuple(units))
@@ -150,7 +162,10 @@ class _Result:
         if config.max_bytes is None:
             return {name: rank_above_noise(spectrum) for name, spectrum in spectra.items()}
         if whole_bytes >= config.max_bytes:
-            raise UsageError(f"max_bytes {config.max_bytes} does not hold the {whole_bytes} bytes of norms, biases and embeddings that changed", hint="raise it, or leave some out with --drop or --embeddings drop")
+            raise UsageError(
+                f"max_bytes {config.max_bytes} does not hold the {whole_bytes} bytes of norms, biases and embeddings that changed",
+                hint="raise it, or leave some out with --drop or --embeddings drop",
+            )
         width = max((self._factored[name].factors.a_RI.element_size() for name in spectra), default=2)  # type: ignore[union-attr]
         return dict(zip(spectra, ranks_for_bytes(list(spectra.values()), config.max_bytes - whole_bytes, width), strict=True))
 
@@ -164,7 +179,11 @@ class _Result:
         """The module's target; for a tied embedding also the head's, whose factors are the same ones turned."""
         piece = self._pieces[name]
         found = [Target(self._live(piece.module), piece.spec.shape, rank, piece.transposed, piece.embedding, with_bias)]
-        return found + [Target(self._live(split_tensor(tied)[0]), piece.spec.shape, rank) for tied, owner in self._extraction.tied.items() if owner == name and piece.embedding]
+        return found + [
+            Target(self._live(split_tensor(tied)[0]), piece.spec.shape, rank)
+            for tied, owner in self._extraction.tied.items()
+            if owner == name and piece.embedding
+        ]
 
     def _factor_units(self, targets: Mapping[str, list[Target]], with_bias: bool) -> tuple[list[TensorSpec], list[Unit]]:
         outputs: list[TensorSpec] = []
@@ -213,9 +232,18 @@ class _Result:
         grown = [name for name in self._of_role("grown") if name in whole]
         if grown:
             rows_now = self._stored_spec(grown[0]).shape[0]
-            notes.append(f"{shortened(grown)} changed to {rows_now} rows: before PEFT loads the adapter, call model.resize_token_embeddings({rows_now}); qlt merge does it by itself")
+            notes.append(
+                f"{shortened(grown)} changed to {rows_now} rows: before PEFT loads the adapter, call model.resize_token_embeddings({rows_now}); qlt merge does it by itself"
+            )
         return ExtractReport(
-            tuple(rows), total_of([row.certificate for row in rows]), tuple(whole), tuple(biases), tuple(dropped), self._frozen, sum(spec.nbytes for spec in plan.outputs), tuple(notes)
+            tuple(rows),
+            total_of([row.certificate for row in rows]),
+            tuple(whole),
+            tuple(biases),
+            tuple(dropped),
+            self._frozen,
+            sum(spec.nbytes for spec in plan.outputs),
+            tuple(notes),
         )
 
 
@@ -232,9 +260,15 @@ def _giving(tensors: Mapping[str, torch.Tensor]) -> Callable[[], Outcome]:
     return lambda: Outcome(tensors)
 
 
-def _live_names(extraction: Extraction) -> Callable[[str], str]:
-    """Paths in the live model from names in the checkpoint: some checkpoints leave out the model's own prefix (``transformer.``)."""
-    for owner in extraction.family.tied.values():
+def _live_names(extraction: Extraction, base_config: Mapping[str, Any]) -> Callable[[str], str]:
+    """Paths in the live model from names in the checkpoint.
+
+    Some checkpoints of a model with a head leave out the prefix of its body (``transformer.``), which the class adds on
+    loading; a checkpoint of a bare body (``BertModel``) is loaded as such.
+    """
+    architecture = str((base_config.get("architectures") or [""])[0])
+    bare = architecture.endswith("Model") and not architecture.endswith(("HeadModel", "HeadsModel"))
+    for owner in () if bare else extraction.family.tied.values():
         prefix, _, rest = owner.partition(".")
         if rest and f"{owner}.weight" not in extraction.base_specs and f"{rest}.weight" in extraction.base_specs:
             tied = set(extraction.family.tied)

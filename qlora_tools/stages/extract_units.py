@@ -57,7 +57,9 @@ class Compared:
     change: torch.Tensor | None = None
 
 
-def factor(name: str, rank: int, dtype: torch.dtype, *, adaptive: bool, base_sha256: str | None, hash_base: bool) -> Callable[[torch.Tensor, torch.Tensor], Outcome]:
+def factor(
+    name: str, rank: int, dtype: torch.dtype, *, adaptive: bool, base_sha256: str | None, hash_base: bool
+) -> Callable[[torch.Tensor, torch.Tensor], Outcome]:
     """The unit function of a targeted tensor. ``rank``: the one to keep, or with ``adaptive`` the largest that may be.
 
     ``hash_base``: take the sha256 of the base tensor as read; else ``base_sha256`` is what is known of it.

@@ -76,7 +76,9 @@ def open_merged(base: str | Path, adapters: Sequence[tuple[str | Path, float]], 
     checkpoint = open_model(base, progress)
     onto = onto or ("dequantized" if checkpoint.quantized else "original")
     if onto == "original" and checkpoint.quantized:
-        raise UsageError(f"{base} is quantized, so the original weights are not at hand", hint="give the 16-bit model as --base, or merge with --onto dequantized")
+        raise UsageError(
+            f"{base} is quantized, so the original weights are not at hand", hint="give the 16-bit model as --base, or merge with --onto dequantized"
+        )
     view: Source = RoundTripped(checkpoint, simulate) if onto == "dequantized" and not checkpoint.quantized else checkpoint
     folders = tuple(_adapter_folder(path) for path, _ in adapters)
     bound = [(read_adapter(folder, view.specs, checkpoint.family, ties=checkpoint.ties), weight) for folder, (_, weight) in zip(folders, adapters, strict=True)]
@@ -110,5 +112,7 @@ def _adapter_folder(path: str | Path) -> Path:
 
     folder = resolve_model(str(path))
     if not (folder / "adapter_config.json").exists():
-        raise MissingError(f"{folder} holds no adapter_config.json: it is not a PEFT adapter", hint="make one with `qlt extract`, or give the adapter's own folder")
+        raise MissingError(
+            f"{folder} holds no adapter_config.json: it is not a PEFT adapter", hint="make one with `qlt extract`, or give the adapter's own folder"
+        )
     return folder

@@ -221,7 +221,12 @@ def test_parts_that_do_not_fit_are_refused_before_the_kernel_indexes_them():
     dense = weights((8, 64), torch.bfloat16)
     spec = spec_of(NAME, dense)
     parts = NF4().encode(spec, dense)
-    short = {NAME: parts[NAME][:-1], NAME + ".absmax": parts[NAME + ".absmax"][:-1], NAME + ".nested_absmax": torch.zeros(0), NAME + ".nested_quant_map": torch.zeros(9)}
+    short = {
+        NAME: parts[NAME][:-1],
+        NAME + ".absmax": parts[NAME + ".absmax"][:-1],
+        NAME + ".nested_absmax": torch.zeros(0),
+        NAME + ".nested_quant_map": torch.zeros(9),
+    }
     for name, tensor in short.items():
         with pytest.raises(CorruptError):
             NF4().decode(spec, parts | {name: tensor})

@@ -121,7 +121,10 @@ def test_random_bytes_never_escape_as_another_error(text):
         read_state("x", blob(text))
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5), lambda inner: st.lists(inner, max_size=3)), st.sampled_from(sorted(NESTED)))
+@given(
+    st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5), lambda inner: st.lists(inner, max_size=3)),
+    st.sampled_from(sorted(NESTED)),
+)
 def test_any_value_in_any_field_is_read_or_refused_deliberately(value, key):
     try:
         state = read_state("x", blob(json.dumps(NESTED | {key: value})))

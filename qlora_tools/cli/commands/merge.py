@@ -20,7 +20,9 @@ EPILOG = examples(
 @adapters_option
 @click.option("--nf4", "scheme", flag_value="nf4", help="Requantize the result to NF4 with double quantization.")
 @click.option("--int8", "scheme", flag_value="int8", help="Requantize the result to int8.")
-@click.option("--onto", type=click.Choice(["original", "dequantized"]), help="Add to the weights as given, or to what a quantized base decodes to. Default: as given.")
+@click.option(
+    "--onto", type=click.Choice(["original", "dequantized"]), help="Add to the weights as given, or to what a quantized base decodes to. Default: as given."
+)
 @shared
 def command(common: Shared, base: str | None, adapters: tuple[str, ...], scheme: str | None, onto: str | None) -> None:
     """Merge adapters into a checkpoint, requantize it if asked, and print how much of the adapter survives."""

@@ -15,7 +15,11 @@ unsigned bytes and stay below 128: the pairwise 16-bit sums of CPUs without VNNI
 per token instead, for inputs in which single tokens are many times larger than the rest (the input of a
 feed-forward's second half).
 
-Parts: ``name`` I8 [O, I], ``name.scale`` F32 [O], ``name.zero`` I8 [O]; w = scale * (code - zero).
+A scale for a whole row gets coarser as rows get longer, so columns are cut into groups of at most
+``longest_group``, each with its own scale and zero point per row.
+
+Parts, for each group g of inputs: ``name.g`` I8 [O, I_g], ``name.g.scale`` F32 [O], ``name.g.zero`` I8 [O];
+w = scale * (code - zero).
 """
 
 from __future__ import annotations
@@ -43,26 +47,43 @@ class Digits:
     """``QGemm`` on two digits per activation; ``gather`` dequantizes looked-up rows."""
 
     per_token: bool = False
+    longest_group: int = 1024
+
+    def groups(self, columns: int) -> tuple[int, ...]:
+        """Columns in each group: as equal as multiples of 64 allow."""
+        count = -(-columns // self.longest_group)
+        width = -(-columns // count // 64) * 64
+        return tuple(min(width, columns - start) for start in range(0, columns, width))
 
     def parts(self, name: str, rows: int, columns: int) -> tuple[TensorSpec, ...]:
-        return TensorSpec(name, "I8", (rows, columns)), TensorSpec(f"{name}.scale", "F32", (rows,)), TensorSpec(f"{name}.zero", "I8", (rows,))
+        specs: list[TensorSpec] = []
+        for group, width in enumerate(self.groups(columns)):
+            codes, scale, zero = _part_names(name, group)
+            specs += TensorSpec(codes, "I8", (rows, width)), TensorSpec(scale, "F32", (rows,)), TensorSpec(zero, "I8", (rows,))
+        return tuple(specs)
 
     def encode(self, name: str, w_OI: torch.Tensor) -> dict[str, torch.Tensor]:
-        low_O = w_OI.amin(1).clamp(max=0.0)
-        high_O = w_OI.amax(1).clamp(min=0.0)
-        scale_O = (high_O - low_O) / 255
-        scale_O = torch.where(scale_O > 0, scale_O, torch.ones_like(scale_O))
-        zero_O = (-128 - low_O / scale_O).round()
-        codes_OI = (w_OI / scale_O[:, None]).add_(zero_O[:, None]).round_().clamp_(-128, 127)
-        return {name: codes_OI.to(torch.int8), f"{name}.scale": scale_O, f"{name}.zero": zero_O.to(torch.int8)}
+        parts: dict[str, torch.Tensor] = {}
+        for group, piece_OI in enumerate(w_OI.split(self.groups(w_OI.shape[1]), dim=1)):
+            parts |= dict(zip(_part_names(name, group), _encode_group(piece_OI), strict=True))
+        return parts
 
     def decode(self, name: str, parts: Mapping[str, torch.Tensor], columns: int) -> torch.Tensor:
-        return (parts[name].to(torch.float32) - parts[f"{name}.zero"].to(torch.float32)[:, None]) * parts[f"{name}.scale"][:, None]
+        pieces = []
+        for group in range(len(self.groups(columns))):
+            codes, scale, zero = (parts[part].to(torch.float32) for part in _part_names(name, group))
+            pieces.append((codes - zero[:, None]) * scale[:, None])
+        return torch.cat(pieces, dim=1)
 
     def multiply(self, nodes: Nodes, x_TI: ir.Value, name: str, rows: int, columns: int, bias: ir.Value | None = None) -> ir.Value:
         digits, step, *unit = nodes.once(f"digits {self.per_token}", x_TI, lambda: self._split(nodes, x_TI))
-        weight = (nodes.stored(name), nodes.stored(f"{name}.scale"), nodes.stored(f"{name}.zero"))
-        both = nodes.contrib("QGemm", digits, step, nodes.constant(_ZERO, np.uint8), *weight, transB=1)
+        widths = self.groups(columns)
+        pieces = nodes.once(f"groups {widths}", digits, lambda: _cut(nodes, digits, widths))
+        sums = []
+        for group, piece in enumerate(pieces):
+            weight = [nodes.stored(part) for part in _part_names(name, group)]
+            sums.append(nodes.contrib("QGemm", piece, step, nodes.constant(_ZERO, np.uint8), *weight, transB=1))
+        both = sums[0] if len(sums) == 1 else nodes.op("Sum", *sums)
         pair = nodes.op("Reshape", both, nodes.constant([2, -1]))
         y = nodes.op("Reshape", nodes.op("MatMul", nodes.constant([1, 1 / _RATIO], np.float32), pair), nodes.constant([-1, rows]))
         if unit:
@@ -70,8 +91,11 @@ class Digits:
         return y if bias is None else nodes.op("Add", y, bias)
 
     def gather(self, nodes: Nodes, ids_T: ir.Value, name: str, columns: int) -> ir.Value:
-        codes, scale, zero = (nodes.op("Gather", nodes.stored(part), ids_T, axis=0) for part in (name, f"{name}.scale", f"{name}.zero"))
-        return nodes.op("DequantizeLinear", codes, scale, zero, axis=0)
+        found = []
+        for group in range(len(self.groups(columns))):
+            codes, scale, zero = (nodes.op("Gather", nodes.stored(part), ids_T, axis=0) for part in _part_names(name, group))
+            found.append(nodes.op("DequantizeLinear", codes, scale, zero, axis=0))
+        return found[0] if len(found) == 1 else nodes.op("Concat", *found, axis=1)
 
     def _split(self, nodes: Nodes, x_TI: ir.Value) -> tuple[ir.Value, ...]:
         """(digits uint8 [2T, I], step of the leading digit[, what each row was divided by [T, 1]])."""
@@ -89,3 +113,24 @@ class Digits:
         rest = nodes.op("Sub", x_TI, nodes.op("DequantizeLinear", lead, step, zero))
         digits = nodes.op("Concat", lead, nodes.op("QuantizeLinear", rest, small_step, zero), axis=0)
         return digits, step, *unit
+
+
+def _part_names(name: str, group: int) -> tuple[str, str, str]:
+    return f"{name}.{group}", f"{name}.{group}.scale", f"{name}.{group}.zero"
+
+
+def _encode_group(w_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes int8 [O, I], scale fp32 [O], zero int8 [O]: 256 levels from the row's smallest to its largest value, zero among them."""
+    low_O = w_OI.amin(1).clamp(max=0.0)
+    high_O = w_OI.amax(1).clamp(min=0.0)
+    scale_O = (high_O - low_O) / 255
+    scale_O = torch.where(scale_O > 0, scale_O, torch.ones_like(scale_O))
+    zero_O = (-128 - low_O / scale_O).round()
+    codes_OI = (w_OI / scale_O[:, None]).round_().add_(zero_O[:, None]).clamp_(-128, 127)
+    return codes_OI.to(torch.int8), scale_O, zero_O.to(torch.int8)
+
+
+def _cut(nodes: Nodes, digits: ir.Value, widths: tuple[int, ...]) -> tuple[ir.Value, ...]:
+    if len(widths) == 1:
+        return (digits,)
+    return tuple(nodes.op("Split", digits, nodes.constant(list(widths)), axis=1, outputs=len(widths)))

@@ -1,0 +1,107 @@
+"""``qlt extract``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from qlora_tools.cli.options import SIZE, Shared, examples, shared
+from qlora_tools.cli.words import megabytes, percent, plural
+
+if TYPE_CHECKING:
+    from qlora_tools.cli.screen import Screen
+    from qlora_tools.stages.extract_result import ExtractReport
+
+EPILOG = examples(
+    "qlt extract --base base/ --tuned tuned/ --rank 16",
+    "qlt extract --base org/base --tuned org/tuned --energy 0.9",
+    "qlt extract --base base/ --tuned tuned/ --max-bytes 20MB --targets attn",
+)
+_SHOWN_ROWS = 12
+
+
+@click.command("extract", epilog=EPILOG)
+@click.option("--base", required=True, metavar="MODEL", help="The model before fine-tuning: folder or hub id.")
+@click.option("--tuned", required=True, metavar="MODEL", help="The model after full fine-tuning.")
+@click.option("--rank", default=None, metavar="N|auto", help="One rank for all tensors, or auto: whatever rises above the rounding noise. Default: 16.")
+@click.option("--energy", type=float, metavar="SHARE", help="Per tensor, the smallest rank that keeps this share of ||delta||^2.")
+@click.option("--max-bytes", type=SIZE, metavar="SIZE", help="Spend at most this much (20MB) where it removes most error.")
+@click.option("--max-rank", type=int, default=128, show_default=True, help="Cap of auto, --energy and --max-bytes.")
+@click.option("--targets", default="all", show_default=True, metavar="attn|mlp|all|REGEX", help="Which linears and convolutions get factors.")
+@click.option(
+    "--embeddings",
+    type=click.Choice(["full", "lora", "drop"]),
+    default="full",
+    show_default=True,
+    help="Embeddings and head that changed: whole, as factors, or left out.",
+)
+@click.option("--drop", multiple=True, metavar="REGEX", help="Tensors that may be left out although they changed; repeat for several.")
+@click.option("--dtype", type=click.Choice(["BF16", "F16", "F32"]), help="Dtype of the factors. Default: that of the tuned model.")
+@shared
+def command(common: Shared, base: str, tuned: str, rank: str | None, drop: tuple[str, ...], **choices: object) -> None:
+    """Take a LoRA adapter out of a full fine-tune, as a PEFT folder, with its error and the best possible one."""
+    from qlora_tools import api
+
+    ranks = {} if rank is None else {"rank": int(rank) if rank.isdigit() else rank}
+    config = api.ExtractConfig(**ranks, drop=drop, **choices)  # type: ignore[arg-type]
+    result = api.extract(
+        base=base,
+        tuned=tuned,
+        config=config,
+        output=common.output,
+        force=common.force,
+        device=common.device,
+        dry_run=common.dry_run,
+        progress=common.screen.progress,
+    )
+    screen = common.screen
+    if result.report is None:
+        screen.say(f"{plural(result.compared_tensors, 'tensor')} to compare")
+    else:
+        _show(screen, result.report)
+        common.session.remember(base=base, tuned=tuned, adapters=[[common.session.relative(result.output), 1.0]], exports=None)
+    screen.result(result, common.written(result.output, result.seconds))
+
+
+def _show(screen: Screen, report: ExtractReport) -> None:
+    rows = [
+        (
+            row.name.removesuffix(".weight"),
+            "x".join(map(str, row.shape)),
+            str(row.certificate.rank),
+            f"{row.certificate.delta_norm:.4g}",
+            percent(row.certificate.kept_energy),
+            f"{row.certificate.error:.4f}",
+            f"{row.certificate.optimum:.4f}",
+            percent((row.certificate.noise_norm / row.certificate.delta_norm) ** 2 if row.certificate.delta_norm else 0.0),
+        )
+        for row in report.rows
+    ]
+    shown = rows if len(rows) <= _SHOWN_ROWS else [*rows[: _SHOWN_ROWS - 2], ("...", *[""] * 7), rows[-1]]
+    screen.table("", ["tensor", "shape", "rank", "||delta||", "kept energy", "error", "best possible", "noise energy"], shown)
+    if len(rows) > _SHOWN_ROWS:
+        screen.say(f"({len(rows)} tensors; all are in qlt-manifest.json)")
+    total = report.total
+    screen.say(
+        f"total: ||delta|| is {percent(total.delta_norm / total.weight_norm if total.weight_norm else 0.0)} of ||W||, {percent(total.kept_energy)} of its energy kept"
+    )
+    screen.say(f"relative error {total.error:.4f} after rounding; no adapter of these ranks can do better than {total.optimum:.4f}")
+    screen.say(
+        f"bf16 rounding noise is {percent((total.noise_norm / total.delta_norm) ** 2 if total.delta_norm else 0.0)} of the delta's energy; of what rises above it, {percent(total.kept_signal)} is kept"
+    )
+    details = [
+        (report.frozen, "frozen (no change)"),
+        (len(report.saved_whole), "saved whole"),
+        (len(report.biases), "biases"),
+        (len(report.dropped), "dropped"),
+    ]
+    screen.say(
+        f"{plural(total.tensors, 'tensor')} as factors, "
+        + ", ".join(f"{count} {what}" for count, what in details if count)
+        + f"{', ' if any(count for count, _ in details) else ''}{megabytes(report.adapter_bytes)}"
+    )
+    for item in report.dropped:
+        screen.remark(f"dropped: {item.name} ({item.reason}; ||delta|| {item.delta_norm:.4g})")
+    for note in report.notes:
+        screen.remark(f"note: {note}")
