@@ -40,6 +40,19 @@ class Session:
         beside.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         beside.replace(self._path)
 
+    def add_export(self, made: dict[str, Any], *, last: bool = True) -> None:
+        """Remember an export by its path; it becomes the last one unless ``last`` is false."""
+        others = [item for item in self.recall().get("exports") or [] if item.get("path") != made["path"]]
+        self.remember(exports=[*others, made] if last else [made, *others])
+
+    def scheme_of(self, path: str) -> str | None:
+        """The scheme of an export: as its manifest says."""
+        try:
+            command = json.loads((Path(path) / "qlt-manifest.json").read_text(encoding="utf-8"))["command"]
+            return str(command["scheme"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
     def pick(self, name: str, flag: str) -> Any:
         """The remembered value of ``name``.
 

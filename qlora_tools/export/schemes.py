@@ -35,9 +35,9 @@ class Scheme:
         if self.carried == "fp32":
             return Dense()
         if self.carried == "int4":
-            return Blocks(4, 32)
-        if role != "head" and rows * columns < SMALL:
-            return Blocks(8, 32)
+            return Blocks(4)
+        if role in ("qkv", "output") or (role != "head" and rows * columns < SMALL):
+            return Blocks(8, zeros=True)
         return Digits(per_token=role == "down")
 
     def packs_feed(self, rows: int, columns: int) -> bool:
@@ -49,7 +49,7 @@ class Scheme:
         if self.carried == "fp32":
             return Dense()
         if self.carried == "int4":
-            return Blocks(4, 32)
+            return Blocks(4)
         return Dense(stored=dtype if dtype in ("BF16", "F16") else "F32")
 
 

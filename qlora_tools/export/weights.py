@@ -57,15 +57,14 @@ def check_tensors(source: Source, decoder: Decoder) -> None:
 
 
 def checked(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` in fp32.
+    """``tensor`` as it is.
 
     Raises:
         NonFiniteError: it holds NaN or infinity.
     """
-    dense = tensor.to(torch.float32)
-    if not torch.isfinite(dense.sum()) and not torch.isfinite(dense).all():
+    if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
         raise NonFiniteError(f"`{name}` holds NaN or infinity", hint="the checkpoint is damaged, or training diverged")
-    return dense
+    return tensor
 
 
 def _rotary(decoder: Decoder) -> Iterator[Unit]:
@@ -79,7 +78,7 @@ def _rotary(decoder: Decoder) -> Iterator[Unit]:
 
 
 def _as_float(name: str, target: str) -> Callable[[torch.Tensor], Outcome]:
-    return lambda tensor: Outcome({target: checked(name, tensor)})
+    return lambda tensor: Outcome({target: checked(name, tensor).to(torch.float32)})
 
 
 def _matrix(source: Source, matrix: Matrix) -> Iterator[Unit]:

@@ -65,10 +65,10 @@ def tiles(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
 
 
 def in_threads(work: Callable[[int, int], None], stop: int, step: int, threads: int, start: int = 0) -> None:
-    """``work(low, high)`` over ``start:stop``, cut at multiples of ``step`` into at most ``threads`` pieces that run at once."""
+    """``work(low, high)`` over ``start:stop``, cut at multiples of ``step`` into about ``threads`` pieces that run at once."""
     share = -(-(stop - start) // max(threads, 1))
     share = -(-share // step) * step
-    pieces = list(tiles(start, stop, share)) if share else []
+    pieces = [(start, stop)] if threads <= 1 else list(tiles(start, stop, max(share, 1)))
     if len(pieces) == 1:
         work(*pieces[0])
     elif pieces:

@@ -4,8 +4,7 @@ Accuracy level 4 (activations in int8 per block) is always asked for: at the ope
 kernel for 8 bits and dequantizes the whole matrix on every call.
 
 With ``zeros`` each block has a zero point and its 2**bits levels run from its smallest to its largest value; this
-costs no time and a fifth of the rounding error. Without, levels are symmetric and 4-bit scales may be negative,
-so that the value farthest from zero gets the code that has no opposite.
+costs no time and saves a fifth of the squared error. Without, the grid is that of ``quant.blockwise``, scales searched.
 
 Parts: ``name`` U8 [O, blocks, bytes per block] (4 bits: the even input in the low half), ``name.scale`` [O, blocks],
 ``name.zero`` U8 [O, bytes] (4 bits: the even block in the low half); w = scale * (code - zero), zero 2**(bits-1)
@@ -21,6 +20,7 @@ import onnx_ir as ir
 import torch
 
 from qlora_tools.export.nodes import Nodes
+from qlora_tools.quant.blockwise import Grid, dequantize_blocks, quantize_blocks
 from qlora_tools.specs import TensorSpec
 
 _ACCURACY_LEVEL = 4
@@ -46,20 +46,19 @@ class Blocks:
         return (codes, scale, zero) if self.zeros else (codes, scale)
 
     def encode(self, name: str, w_OI: torch.Tensor) -> dict[str, torch.Tensor]:
-        rows, columns = w_OI.shape
-        blocks = self.count(columns)
-        w_OBI = torch.nn.functional.pad(w_OI, (0, blocks * self.block - columns)).reshape(rows, blocks, self.block)
-        scale_OB, zero_OB = self._grid(w_OBI)
-        codes = (w_OBI / scale_OB[..., None]).round_().add_(zero_OB[..., None]).clamp_(0, 2**self.bits - 1).to(torch.uint8)
-        parts = {name: _packed(codes, self.bits), f"{name}.scale": scale_OB}
-        return parts | {f"{name}.zero": _packed(zero_OB.to(torch.uint8), self.bits)} if self.zeros else parts
+        if not self.zeros:
+            codes, scale_OB = quantize_blocks(w_OI, self._grid, name=name)
+            return {name: codes, f"{name}.scale": scale_OB}
+        codes, scale_OB, zero_OB = _encode_with_zeros(w_OI.to(torch.float32), self.bits, self.block)
+        return {name: codes, f"{name}.scale": scale_OB, f"{name}.zero": zero_OB}
 
     def decode(self, name: str, parts: Mapping[str, torch.Tensor], columns: int) -> torch.Tensor:
-        scale = parts[f"{name}.scale"].to(torch.float32)[..., None]
-        zero: torch.Tensor | int = 1 << (self.bits - 1)
-        if self.zeros:
-            zero = _unpacked(parts[f"{name}.zero"], self.bits)[:, : scale.shape[1], None].to(torch.float32)
-        return ((_unpacked(parts[name], self.bits).to(torch.float32) - zero) * scale).flatten(1)[:, :columns]
+        scale_OB = parts[f"{name}.scale"]
+        if not self.zeros:
+            return dequantize_blocks(parts[name], scale_OB, self._grid, columns)
+        zero_OB = _unpacked(parts[f"{name}.zero"], self.bits)[:, : scale_OB.shape[1]].to(torch.float32)
+        codes = _unpacked(parts[name], self.bits).to(torch.float32)
+        return ((codes - zero_OB[..., None]) * scale_OB[..., None]).flatten(1)[:, :columns]
 
     def multiply(self, nodes: Nodes, x_TI: ir.Value, name: str, rows: int, columns: int, bias: ir.Value | None = None) -> ir.Value:
         weight = [nodes.stored(f"{name}{part}") for part in ("", ".scale", ".zero")[: 3 if self.zeros else 2]]
@@ -76,19 +75,22 @@ class Blocks:
         flat = nodes.op("Reshape", found, nodes.constant([-1, blocks * self.block]))
         return flat if columns == blocks * self.block else nodes.op("Slice", flat, nodes.constant([0]), nodes.constant([columns]), nodes.constant([1]))
 
-    def _grid(self, w_OBI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale and zero point of each block, fp32 [O, B]."""
-        low_OB, high_OB = w_OBI.amin(-1), w_OBI.amax(-1)
-        half = 2 ** (self.bits - 1)
-        if self.zeros:
-            low_OB, high_OB = low_OB.clamp(max=0.0), high_OB.clamp(min=0.0)
-            scale_OB = (high_OB - low_OB) / (2 * half - 1)
-        elif self.bits == 4:
-            scale_OB = torch.where(high_OB > -low_OB, high_OB, low_OB) / -half
-        else:
-            scale_OB = torch.maximum(high_OB, -low_OB) / (half - 1)
-        scale_OB = torch.where(scale_OB != 0, scale_OB, torch.ones_like(scale_OB))
-        return scale_OB, (-low_OB / scale_OB).round() if self.zeros else torch.full_like(scale_OB, half)
+    @property
+    def _grid(self) -> Grid:
+        return Grid(self.bits, self.block, search=True)
+
+
+def _encode_with_zeros(w_OI: torch.Tensor, bits: int, block: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, scales and zero points: all levels between each block's smallest and largest value, zero among them."""
+    rows, columns = w_OI.shape
+    w_OBI = torch.nn.functional.pad(w_OI, (0, -columns % block)).reshape(rows, -1, block)
+    low_OB, high_OB = w_OBI.amin(-1).clamp(max=0.0), w_OBI.amax(-1).clamp(min=0.0)
+    last = 2**bits - 1
+    scale_OB = (high_OB - low_OB) / last
+    scale_OB = torch.where(scale_OB > 0, scale_OB, torch.ones_like(scale_OB))
+    zero_OB = (-low_OB / scale_OB).round()
+    codes = (w_OBI / scale_OB[..., None]).round_().add_(zero_OB[..., None]).clamp_(0, last).to(torch.uint8)
+    return _packed(codes, bits), scale_OB, _packed(zero_OB.to(torch.uint8), bits)
 
 
 def _packed(codes: torch.Tensor, bits: int) -> torch.Tensor:

@@ -64,7 +64,7 @@ class Digits:
 
     def encode(self, name: str, w_OI: torch.Tensor) -> dict[str, torch.Tensor]:
         parts: dict[str, torch.Tensor] = {}
-        for group, piece_OI in enumerate(w_OI.split(self.groups(w_OI.shape[1]), dim=1)):
+        for group, piece_OI in enumerate(w_OI.to(torch.float32).split(self.groups(w_OI.shape[1]), dim=1)):
             parts |= dict(zip(_part_names(name, group), _encode_group(piece_OI), strict=True))
         return parts
 

@@ -21,7 +21,7 @@ class WeightFormat(Protocol):
         """Specs of the tensors that carry the weight ``name`` of shape [rows, columns]; axis 0 of each is rows."""
 
     def encode(self, name: str, w_OI: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The parts of some rows of the weight, given in fp32."""
+        """The parts of some rows of the weight, given in any float dtype without NaN or infinity; rounded once, from fp32."""
 
     def decode(self, name: str, parts: Mapping[str, torch.Tensor], columns: int) -> torch.Tensor:
         """What the graph computes with, fp32 [rows, columns]."""

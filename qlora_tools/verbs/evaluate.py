@@ -1,0 +1,136 @@
+"""``qlt eval``: perplexity of checkpoints, adapters on a base, and exports, and their divergence from a reference."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_tools.bench.engine import locate
+from qlora_tools.checkpoint.hub import resolve_model
+from qlora_tools.errors import IncompatibleError, MissingError
+from qlora_tools.progress import SILENT, Progress
+from qlora_tools.quality.corpus import Corpus, Method, Window, python_reference, read_corpus, tokenize
+from qlora_tools.quality.divergence import divergence
+from qlora_tools.quality.perplexity import perplexity
+from qlora_tools.quality.probe import logits_of, quality_record
+
+#: Named, not imported: each brings its runtime with it, and the worker processes of a benchmark import what they need.
+TORCH_ENGINE = "qlora_tools.bench.hf_engine:load"
+ONNX_ENGINE = "qlora_tools.export.runtime:open_engine"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One model on the text. ``figures`` holds KL and agreement where there is a reference; see ``quality/probe.py``."""
+
+    name: str
+    perplexity: float
+    ci95: tuple[float, float] | None
+    figures: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """All models on one text, with the method without which a perplexity is no number."""
+
+    corpus: str
+    corpus_sha256: str
+    method: str
+    n_tokens: int
+    reference: str | None
+    models: tuple[Judged, ...]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A text cut for a model: what quality is judged on."""
+
+    corpus: Corpus
+    method: Method
+    windows: Sequence[Window]
+
+
+def evaluate(
+    *,
+    models: Sequence[str | Path],
+    against: str | Path | None = None,
+    text: Path | None = None,
+    tokens: int = 16_384,
+    context: int = 256,
+    device: str = "auto",
+    progress: Progress = SILENT,
+) -> EvalResult:
+    """Judge every model (a checkpoint or export folder, or a hub id) on one text; ``against`` is the reference of KL and agreement.
+
+    Raises:
+        IncompatibleError: tokenizers differ, so that no number could be compared.
+    """
+    folders = [resolve_model(str(model)) for model in models]
+    reference_folder = resolve_model(str(against)) if against else None
+    reading = read_text(folders[0], text, tokens=tokens, context=context)
+    _same_tokenizer([*folders, *([reference_folder] if reference_folder else [])])
+    reference = open_engine(reference_folder, device) if reference_folder else None
+    judged = []
+    for name, folder in zip(models, folders, strict=True):
+        engine = open_engine(folder, device)
+        try:
+            if reference is None:
+                found = perplexity(logits_of(engine), reading.windows, progress=progress, title=f"eval {folder.name}")
+                judged.append(Judged(str(name), found.value, None, {}))
+            else:
+                result = divergence(logits_of(reference), logits_of(engine), reading.windows, progress=progress)
+                figures = quality_record(result, corpus={"name": reading.corpus.name, "sha256": reading.corpus.sha256}, method=reading.method.record())
+                judged.append(Judged(str(name), figures["ppl_candidate"], tuple(figures["ci95"]["ppl_candidate"] or ()) or None, figures))  # type: ignore[arg-type]
+        finally:
+            engine.close()
+    scored = sum(window.n_scored for window in reading.windows)
+    return EvalResult(reading.corpus.name, reading.corpus.sha256, reading.method.name, scored, str(against) if against else None, tuple(judged))
+
+
+def open_engine(folder: Path, device: str = "auto") -> Any:
+    """The runtime for a folder: ONNX Runtime for an export, transformers (fp32 unless quantized) for a checkpoint."""
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    path, options = engine_of(folder, device)
+    return locate(path)(threads=threads, **options)
+
+
+def engine_of(folder: Path, device: str = "auto") -> tuple[str, dict[str, Any]]:
+    """Import path and options of the engine that runs ``folder``.
+
+    Raises:
+        MissingError: neither an export nor a checkpoint.
+    """
+    if list(folder.glob("*.onnx")):
+        return ONNX_ENGINE, {"folder": str(folder)}
+    if not (folder / "config.json").exists():
+        raise MissingError(f"{folder} is neither a checkpoint nor an export", hint="run `qlt inspect` on it")
+    from qlora_tools.checkpoint.reader import read_json
+
+    quantized = "quantization_config" in read_json(folder / "config.json")
+    return TORCH_ENGINE, {"path": str(folder), "dtype": "stored" if quantized else "fp32", "device": "cpu" if device == "auto" else device}
+
+
+def read_text(folder: Path, text: Path | None, *, tokens: int, context: int) -> Reading:
+    """``text`` (default: the held-out part of Python's language reference) through the tokenizer in ``folder``.
+
+    Raises:
+        MissingError: no tokenizer there.
+    """
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")):
+        raise MissingError(f"{folder} holds no tokenizer, so no text can be read", hint="copy the model's tokenizer files into it")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    corpus = read_corpus(text) if text else python_reference()
+    method = Method(context=context, max_tokens=tokens)
+    windows = tokenize(corpus, lambda content: tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"], method)
+    return Reading(corpus, method, windows)
+
+
+def _same_tokenizer(folders: Sequence[Path]) -> None:
+    found = {(folder / "tokenizer.json").read_bytes() for folder in folders if (folder / "tokenizer.json").exists()}
+    if len(found) > 1:
+        raise IncompatibleError("the models have different tokenizers: their numbers cannot be compared", hint="evaluate them one by one")

@@ -1,0 +1,93 @@
+"""Engines for the worker processes of the tests: a table of logits, and ways to fail."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+VOCABULARY = 32
+
+
+class TableEngine:
+    def __init__(self, noise=0.0, ballast_bytes=0, step_s=0.0):
+        self.table = np.random.default_rng(0).standard_normal((VOCABULARY, VOCABULARY)) + noise * np.random.default_rng(1).standard_normal((VOCABULARY, VOCABULARY))
+        self.ballast = np.ones(ballast_bytes, np.uint8)
+        self.step_s = step_s
+        self.fed = []
+
+    def prefill(self, ids_BT):
+        self.fed = [ids_BT]
+        return self.table[ids_BT[:, -1]]
+
+    def decode(self, tokens_B):
+        time.sleep(self.step_s)
+        self.fed.append(tokens_B)
+        return self.table[tokens_B]
+
+    def score(self, ids_BT):
+        return self.table[ids_BT]
+
+    def info(self):
+        return {"vocab_size": VOCABULARY, "weights_bytes": self.table.nbytes, "runtime": "table"}
+
+    def close(self):
+        pass
+
+
+def load(*, threads, noise=0.0, ballast_bytes=0, step_s=0.0):
+    assert os.environ["OMP_NUM_THREADS"] == str(threads)
+    return TableEngine(noise, ballast_bytes, step_s)
+
+
+def spiky(*, threads, spike_bytes):
+    """Needs far more while loading than afterwards."""
+    np.ones(spike_bytes, np.uint8)
+    return TableEngine()
+
+
+def out_of_memory(*, threads):
+    raise MemoryError("no room for 12 GB")
+
+
+def runtime_out_of_memory(*, threads):
+    raise RuntimeError("[ONNXRuntimeError] : 6 : bad allocation: Failed to allocate memory for requested buffer of size 99")
+
+
+def unsupported(*, threads):
+    from qlora_tools.errors import UnsupportedError
+
+    raise UnsupportedError("no kernel for this")
+
+
+def crash(*, threads):
+    print("about to go", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def exits(*, threads):
+    print("gone early", file=sys.stderr, flush=True)
+    os._exit(7)
+
+
+def hang(*, threads, pid_file):
+    """Hangs, with a child of its own."""
+    child = subprocess.Popen(["sleep", "600"])
+    with open(pid_file, "w") as stream:  # noqa: PTH123
+        stream.write(f"{os.getpid()} {child.pid}")
+    time.sleep(600)
+
+
+def fails_once(*, threads, flag_file):
+    """Dies in the first process and works in the later ones."""
+    if not os.path.exists(flag_file):  # noqa: PTH110
+        open(flag_file, "w").close()  # noqa: PTH123, SIM115
+        raise ValueError("first time")
+    return TableEngine()
+
+
+def mean_probe(engine, reference, options):
+    ids = np.asarray([options["ids"]])
+    return {"difference": float(np.abs(engine.score(ids) - reference.score(ids)).mean())}
