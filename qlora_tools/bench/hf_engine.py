@@ -10,6 +10,7 @@ Axes: B sequences, T positions, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
+from transformers.utils import logging
 
 from qlora_tools.errors import MissingError, UsageError
 
@@ -30,13 +32,12 @@ def load(path: str, *, threads: int, dtype: str = "stored", device: str = "cpu")
     Raises:
         UsageError, MissingError: unknown dtype; no such folder.
     """
-    from pathlib import Path
-
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     if not (Path(path) / "config.json").is_file():
         raise MissingError(f"{path} holds no config.json", hint="give a model folder")
     torch.set_num_threads(threads)
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], device_map={"": device}, local_files_only=True)
     return TransformersEngine(model.eval())
 
@@ -66,7 +67,6 @@ class TransformersEngine:
 
     def info(self) -> Mapping[str, Any]:
         config = self._model.config
-        quantization = getattr(config, "quantization_config", None)
         facts = {
             "runtime": "transformers",
             "device": str(self._model.device),
@@ -74,7 +74,7 @@ class TransformersEngine:
             "max_length": int(config.max_position_embeddings) if getattr(config, "max_position_embeddings", None) else None,
             "weights_bytes": stored_bytes(self._model),
             "dtype": str(self._model.dtype).removeprefix("torch."),
-            "quantization": None if quantization is None else str(getattr(quantization, "quant_method", "unknown")).rpartition(".")[2].lower(),
+            "quantization": quantization_method(config),
         }
         return {name: value for name, value in facts.items() if value is not None}
 
@@ -88,6 +88,12 @@ class TransformersEngine:
         output = self._model(input_ids=self._tensor(ids_BT), past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         last_BV: torch.Tensor = output.logits[:, -1].cpu()
         return last_BV
+
+
+def quantization_method(config: Any) -> str | None:
+    """``bitsandbytes`` or another method's name, ``None`` for a dense checkpoint."""
+    method = getattr(getattr(config, "quantization_config", None), "quant_method", None)
+    return None if method is None else str(getattr(method, "value", method))
 
 
 def stored_bytes(model: torch.nn.Module) -> int:

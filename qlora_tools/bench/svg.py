@@ -41,7 +41,7 @@ def linear_scale(values: Sequence[float], start: float, end: float, *, from_zero
     low = 0.0 if from_zero else min(values)
     step = _round_step((high - low) or abs(high) or 1.0)
     low, high = math.floor(low / step) * step, math.ceil(high / step - 1e-9) * step
-    return Scale(low, high if high > low else low + step, start, end)
+    return Scale(low, high if high > low else low + 5 * step, start, end)
 
 
 def log_scale(values: Sequence[float], start: float, end: float) -> Scale:

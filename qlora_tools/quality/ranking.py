@@ -28,7 +28,17 @@ def comparisons(records: Records, metric: str = "kl") -> list[dict[str, Any]]:
         for b in order[i + 1 :]:
             result = compare(a, divergences[a], b, divergences[b], metric)
             bounds = result.effect.bounds
-            found.append({"a": a, "b": b, "metric": metric, "effect": result.effect.value, "ci95": bounds and list(bounds), "n_pairs": result.n_pairs, "verdict": result.verdict})
+            found.append(
+                {
+                    "a": a,
+                    "b": b,
+                    "metric": metric,
+                    "effect": result.effect.value,
+                    "ci95": bounds and list(bounds),
+                    "n_pairs": result.n_pairs,
+                    "verdict": result.verdict,
+                }
+            )
     return found
 
 

@@ -52,7 +52,11 @@ def make_record(**changes):
     settings.append(Setting("big", "engines:load"))
     rows.append(Row("big", "oom", "MemoryError: no room", (Attempt(0, "oom", "MemoryError: no room", 1.0, None, None),)))
     quality.append(Quality("big", "fp32", "oom", "not judged: MemoryError: no room"))
-    layers = [Layer(f"model.layers.{i}.{kind}", (8, 8), 2 + i, 0.8 + i / 10, 0.95, 0.1, (4.0, 2.0, 1.0)) for i in range(2) for kind in ("self_attn.q_proj", "mlp.up_proj")]
+    layers = [
+        Layer(f"model.layers.{i}.{kind}", (8, 8), 2 + i, 0.8 + i / 10, 0.95, 0.1, (4.0, 2.0, 1.0))
+        for i in range(2)
+        for kind in ("self_attn.q_proj", "mlp.up_proj")
+    ]
     record = BenchRecord(
         created="2026-01-02T03:04:05Z",
         command=("qlt", "bench"),

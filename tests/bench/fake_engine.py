@@ -13,7 +13,9 @@ VOCABULARY = 32
 
 class TableEngine:
     def __init__(self, noise=0.0, ballast_bytes=0, step_s=0.0):
-        self.table = np.random.default_rng(0).standard_normal((VOCABULARY, VOCABULARY)) + noise * np.random.default_rng(1).standard_normal((VOCABULARY, VOCABULARY))
+        self.table = np.random.default_rng(0).standard_normal((VOCABULARY, VOCABULARY)) + noise * np.random.default_rng(1).standard_normal(
+            (VOCABULARY, VOCABULARY)
+        )
         self.ballast = np.ones(ballast_bytes, np.uint8)
         self.step_s = step_s
         self.fed = []
@@ -63,12 +65,14 @@ def unsupported(*, threads):
 
 
 def crash(*, threads):
-    print("about to go", file=sys.stderr, flush=True)
+    sys.stderr.write("about to go\n")
+    sys.stderr.flush()
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
 def exits(*, threads):
-    print("gone early", file=sys.stderr, flush=True)
+    sys.stderr.write("gone early\n")
+    sys.stderr.flush()
     os._exit(7)
 
 
@@ -83,7 +87,7 @@ def hang(*, threads, pid_file):
 def fails_once(*, threads, flag_file):
     """Dies in the first process and works in the later ones."""
     if not os.path.exists(flag_file):  # noqa: PTH110
-        open(flag_file, "w").close()  # noqa: PTH123, SIM115
+        open(flag_file, "w").close()  # noqa: PTH123
         raise ValueError("first time")
     return TableEngine()
 

@@ -12,7 +12,13 @@ def test_an_import_path_leads_to_its_callable():
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [("math", "not an import path"), (":x", "not an import path"), ("no_such_module_here:x", "no module `no_such_module_here`"), ("math:none", "has no `none`"), ("math:pi", "is a float")],
+    [
+        ("math", "not an import path"),
+        (":x", "not an import path"),
+        ("no_such_module_here:x", "no module `no_such_module_here`"),
+        ("math:none", "has no `none`"),
+        ("math:pi", "is a float"),
+    ],
 )
 def test_a_wrong_path_is_told_apart(path, message):
     with pytest.raises(UsageError, match=message):

@@ -13,8 +13,17 @@ IDS = np.random.default_rng(0).integers(0, 96, (2, 12))
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("llama")
     torch.manual_seed(0)
-    shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=96, tie_word_embeddings=True)  # noqa: C408
-    LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=64)).to(torch.bfloat16).save_pretrained(path)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=96,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
     return str(path)
 
 

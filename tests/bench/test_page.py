@@ -19,7 +19,9 @@ class Reader(HTMLParser):
         self.references, self.open, self.cells, self.svgs, self.tips = [], [], [], 0, 0
 
     def handle_starttag(self, tag, attributes):
-        self.references += [(tag, name, value) for name, value in attributes if name in ("src", "href", "xlink:href", "action", "srcset", "data", "poster", "background")]
+        self.references += [
+            (tag, name, value) for name, value in attributes if name in ("src", "href", "xlink:href", "action", "srcset", "data", "poster", "background")
+        ]
         if tag not in VOID:
             self.open.append(tag)
         self.svgs += tag == "svg"

@@ -13,5 +13,9 @@ def test_equal_points_do_not_dominate_each_other():
 
 def test_points_come_by_cost_and_without_the_failed():
     points = divergence_points(make_record(), file_megabytes)
-    assert [(point.name, point.x, point.on_frontier) for point in points] == [("int8 <fast> & |small|", 11.0, True), ("slow", 20.0, False), ("ONNX fp32", 40.0, True)]
+    assert [(point.name, point.x, point.on_frontier) for point in points] == [
+        ("int8 <fast> & |small|", 11.0, True),
+        ("slow", 20.0, False),
+        ("ONNX fp32", 40.0, True),
+    ]
     assert len(divergence_points(make_record(), decode_milliseconds)) == 3

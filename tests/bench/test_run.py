@@ -67,7 +67,12 @@ def test_the_record_names_no_folder(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("settings", "options", "message"),
-    [([], {}, "no setting"), ([setting("a"), setting("a")], {}, "two settings are called a"), ([setting("a")], {"rounds": 0}, "rounds is 0"), ([setting("a")], {"threads": 0}, "threads")],
+    [
+        ([], {}, "no setting"),
+        ([setting("a"), setting("a")], {}, "two settings are called a"),
+        ([setting("a")], {"rounds": 0}, "rounds is 0"),
+        ([setting("a")], {"threads": 0}, "threads"),
+    ],
 )
 def test_impossible_benchmarks_are_refused(settings, options, message):
     with pytest.raises(UsageError, match=message):
@@ -84,7 +89,19 @@ def test_only_weights_and_graphs_count_as_the_model(tmp_path):
 
 
 def attempt(memory, status="ok", number=0):
-    return Attempt(number, status, None if status == "ok" else status, 1.0, 1.0, 0.0, load_s=1.0, prefill_s=(0.5,), decode_s=((0.1, 0.3),), memory=memory, info={"vocab_size": 3})
+    return Attempt(
+        number,
+        status,
+        None if status == "ok" else status,
+        1.0,
+        1.0,
+        0.0,
+        load_s=1.0,
+        prefill_s=(0.5,),
+        decode_s=((0.1, 0.3),),
+        memory=memory,
+        info={"vocab_size": 3},
+    )
 
 
 def test_memory_is_the_largest_of_the_rounds():

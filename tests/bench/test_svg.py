@@ -5,7 +5,12 @@ from qlora_tools.bench.svg import linear_scale, log_scale, place_labels, ticks
 
 @pytest.mark.parametrize(
     ("values", "labels"),
-    [([44.3], ["0", "10", "20", "30", "40", "50"]), ([0.0], ["0", "0.2", "0.4", "0.6", "0.8", "1"]), ([12345.0], ["0", "2,500", "5,000", "7,500", "10,000", "12,500"]), ([], None)],
+    [
+        ([44.3], ["0", "10", "20", "30", "40", "50"]),
+        ([0.0], ["0", "0.2", "0.4", "0.6", "0.8", "1"]),
+        ([12345.0], ["0", "2,500", "5,000", "7,500", "10,000", "12,500"]),
+        ([], None),
+    ],
 )
 def test_linear_ticks_are_round_and_reach_the_data(values, labels):
     scale = linear_scale(values, 0, 100)

@@ -49,7 +49,13 @@ def test_warm_up_goes_on_until_three_runs_agree_or_its_limit(monkeypatch):
 
 @pytest.mark.parametrize(
     ("error", "status"),
-    [(MemoryError(), "oom"), (RuntimeError("CUDA out of memory. Tried"), "oom"), (RuntimeError("std::bad_alloc"), "oom"), (ValueError("room"), "error"), (KeyError("x"), "error")],
+    [
+        (MemoryError(), "oom"),
+        (RuntimeError("CUDA out of memory. Tried"), "oom"),
+        (RuntimeError("std::bad_alloc"), "oom"),
+        (ValueError("room"), "error"),
+        (KeyError("x"), "error"),
+    ],
 )
 def test_allocators_are_known_by_their_words(error, status):
     assert worker.status_of(error) == status

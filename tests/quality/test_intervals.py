@@ -5,7 +5,16 @@ from scipy.stats import bootstrap
 from qlora_tools.errors import IncompatibleError
 from qlora_tools.quality.corpus import Method, windows
 from qlora_tools.quality.divergence import divergence
-from qlora_tools.quality.intervals import FEWEST_WINDOWS, Interval, compare, mean_interval, perplexity_ratio, ratio_interval, resample_counts, retention_interval
+from qlora_tools.quality.intervals import (
+    FEWEST_WINDOWS,
+    Interval,
+    compare,
+    mean_interval,
+    perplexity_ratio,
+    ratio_interval,
+    resample_counts,
+    retention_interval,
+)
 
 
 def judged(noise, seed=1, n=600):
