@@ -80,7 +80,7 @@ def timing_chart(record: BenchRecord, field: str, unit_title: str) -> str | None
         if ends:
             middle = y + _BAR_HEIGHT / 2
             parts += [line(x(ends[0]), middle, x(ends[1]), middle, "whisker"), *(line(x(end), middle - 4, x(end), middle + 4, "whisker") for end in ends)]
-        parts.append(text(max(x(value), x(ends[1]) if ends else 0.0) + 7, y + 13.5, f"{value:.3g}", "value"))
+        parts.append(text(max(x(value), x(ends[1]) if ends else 0.0) + 7, y + 13.5, f"{value:,.0f}" if value >= 100 else f"{value:.3g}", "value"))
     return figure(parts, WIDTH, bottom + 44, unit_title)
 
 

@@ -6,13 +6,15 @@ screens, on paper and without a script (only sorting needs one).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from importlib import resources
 
 from qlora_tools.bench.charts import decay_chart, energy_chart, memory_chart, pareto_chart, rank_chart, timing_chart
 from qlora_tools.bench.pareto import decode_milliseconds, divergence_points, file_megabytes
 from qlora_tools.bench.record import BenchRecord
-from qlora_tools.bench.table import Cell, Column, Table, bench_table, failures, method, ties, write_kl
+from qlora_tools.bench.table import Cell, Column, Table, bench_table, failures, leaders, method, ties
+from qlora_tools.names import shortened
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 _QUALITY = frozenset({"ppl", "kl", "top1", "retention"})  # the reference wins these by definition
@@ -46,28 +48,28 @@ def _head(record: BenchRecord) -> str:
 
 
 def _tiles(record: BenchRecord) -> str:
-    """The first answers: smallest file, fastest decode, least memory, closest to the reference."""
-    ran = [row for row in record.rows if row.status == "ok"]
-    names = {row.setting: record.setting(row.setting).name for row in ran}
-    references = {quality.reference for quality in record.quality}
-    tiles = []
-    sized = [(row.file_bytes, row.setting) for row in ran if row.file_bytes is not None]
-    if sized:
-        tiles.append((names[min(sized)[1]], f"smallest file: {min(sized)[0] / 1e6:,.1f} MB"))
-    quick = [(row.tpot_s, row.setting) for row in ran if row.tpot_s is not None]
-    if quick:
-        tiles.append((names[min(quick)[1]], f"fastest decode: {record.workload.batch / min(quick)[0]:,.0f} tokens/s"))
-    lean = [(row.memory.peak_bytes, row.setting) for row in ran if row.memory is not None and row.memory.peak_bytes is not None]
-    if lean:
-        tiles.append((names[min(lean)[1]], f"lowest peak memory: {min(lean)[0] / 1e6:,.0f} MB"))
-    close = [(q.figures["kl_mean"], q.setting) for q in record.quality if q.setting not in references and q.figures.get("kl_mean") is not None]
-    if close:
-        tiles.append((names[min(close)[1]], f"closest to the reference: KL {write_kl(min(close)[0])}"))
-    return (
-        '<div class="tiles">' + "".join(f'<div class="tile"><b>{escape(name)}</b><span>{escape(what)}</span></div>' for name, what in tiles) + "</div>"
-        if len(ran) > 1
-        else ""
+    """The first answers, each with the settings that cannot be told from the best; nothing where the samples do not decide."""
+    table, references = bench_table(record), {quality.reference for quality in record.quality}
+    questions = (
+        ("file", "smallest file: {} MB"),
+        ("decode_p50", "fastest decode: {} ms per token"),
+        ("peak", "lowest peak memory: {} MB"),
+        ("kl", "closest to the reference: KL {}"),
     )
+    names, tiles = table.column("setting"), []
+    for column, cells in zip(table.columns, zip(*table.rows, strict=True), strict=True):
+        words = dict(questions).get(column.key)
+        best = leaders(column, _rivals(column, cells, record, references))
+        if words and best:
+            tied = [names[i].text for i in best[1:]]
+            said = words.format(cells[best[0]].text) + (f"; tied with {shortened(tied, 2)}" if tied else "")
+            tiles.append(f'<div class="tile"><b>{escape(names[best[0]].text)}</b><span>{escape(said)}</span></div>')
+    return f'<div class="tiles">{"".join(tiles)}</div>' if len(record.rows) > 1 and tiles else ""
+
+
+def _rivals(column: Column, cells: Sequence[Cell], record: BenchRecord, references: set[str]) -> list[Cell]:
+    """The cells that compete for best in a column: a reference does not compete in likeness to itself."""
+    return [Cell("") if column.key in _QUALITY and row.setting in references else cell for cell, row in zip(cells, record.rows, strict=True)]
 
 
 def _remarks(record: BenchRecord) -> str:
@@ -79,20 +81,15 @@ def _remarks(record: BenchRecord) -> str:
 def _table(table: Table, record: BenchRecord) -> str:
     heads = "".join(_heading(column) for column in table.columns)
     references = {quality.reference for quality in record.quality}
-    best = {}
-    for i, column in enumerate(table.columns):
-        rivals = [cells[i] for cells, row in zip(table.rows, record.rows, strict=True) if column.key not in _QUALITY or row.setting not in references]
-        best[column.key] = _best(column, rivals)
+    marked = {
+        column.key: _marked(column, _rivals(column, cells, record, references))
+        for column, cells in zip(table.columns, zip(*table.rows, strict=True), strict=True)
+    }
     lines = []
-    for cells, row in zip(table.rows, record.rows, strict=True):
+    for i, (cells, row) in enumerate(zip(table.rows, record.rows, strict=True)):
         is_reference = row.setting in references
         drawn = "".join(
-            _cell(
-                cell,
-                cell.value is not None and cell.value == best[column.key] and not (is_reference and column.key in _QUALITY),
-                is_reference and column.key == "setting",
-            )
-            for cell, column in zip(cells, table.columns, strict=True)
+            _cell(cell, i in marked[column.key], is_reference and column.key == "setting") for cell, column in zip(cells, table.columns, strict=True)
         )
         lines.append(f"<tr>{drawn}</tr>" if row.status == "ok" else f'<tr class="failed">{drawn}</tr>')
     return f'<div class="scroll"><table class="sortable">\n<thead><tr>{heads}</tr></thead>\n<tbody>\n' + "\n".join(lines) + "\n</tbody>\n</table></div>"
@@ -102,12 +99,10 @@ def _heading(column: Column) -> str:
     return f'<th scope="col"><button type="button">{escape(column.title)}</button><small>{escape(column.unit) or "&nbsp;"}</small></th>'
 
 
-def _best(column: Column, cells: list[Cell]) -> float | None:
-    """The figure to mark; none where there is nothing to choose between."""
-    values = [cell.value for cell in cells if isinstance(cell.value, (int, float))]
-    if not column.better or len(set(values)) < 2:
-        return None
-    return min(values) if column.better == "low" else max(values)
+def _marked(column: Column, cells: Sequence[Cell]) -> set[int]:
+    """The rows to mark: the best and its ties, unless that is everyone."""
+    best = leaders(column, cells)
+    return set(best) if len(best) < sum(cell.value is not None for cell in cells) else set()
 
 
 def _cell(cell: Cell, is_best: bool, is_reference: bool) -> str:

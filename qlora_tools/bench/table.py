@@ -6,8 +6,8 @@ Drawing with colours is the command line's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_tools.bench.record import BenchRecord, Row
@@ -18,11 +18,12 @@ NOT_KNOWN = "n/a"
 
 @dataclass(frozen=True)
 class Cell:
-    """``text`` to show, ``value`` to sort by, ``note`` to explain (interval, reason, raw count)."""
+    """``text`` to show, ``value`` to sort by, ``note`` to explain (interval, reason, raw count). ``interval`` is what ``value`` may be instead."""
 
     text: str
     value: float | str | None = None
     note: str = ""
+    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,25 @@ class Table:
         return tuple(row[at] for row in self.rows)
 
 
+def leaders(column: Column, cells: Sequence[Cell]) -> list[int]:
+    """The best cell of a column and all that cannot be told from it: their intervals overlap its own. Best first.
+
+    None at all where the column has no better end, or where the best figure has no interval to go by.
+    """
+    found = [(cell.value, i) for i, cell in enumerate(cells) if isinstance(cell.value, (int, float))]
+    if not column.better or not found:
+        return []
+    found.sort(key=lambda item: item[0] if column.better == "low" else -item[0])
+    best = cells[found[0][1]].interval
+    if best is None:
+        return []
+
+    def overlaps(cell: Cell) -> bool:
+        return cell.interval is None or (cell.interval[0] <= best[1] and best[0] <= cell.interval[1])
+
+    return [i for _, i in found if overlaps(cells[i])]
+
+
 def bench_table(record: BenchRecord) -> Table:
     """One line per setting, in the record's order. Columns that no setting fills are left out."""
     work = record.workload
@@ -62,7 +82,7 @@ def bench_table(record: BenchRecord) -> Table:
         (Column("decode_p95", "p95", "ms", "low"), lambda row: _quantile(row.decode, "p95_s")),
         (Column("decode_p99", "p99", "ms", "low"), lambda row: _quantile(row.decode, "p99_s")),
         (Column("tokens", "Decode", "tok/s", "high"), lambda row: _number(row.decode_tokens_per_s, "{:,.0f}", row.unknown.get("decode_tokens_per_s", ""))),
-        (Column("peak", "Peak RSS", "MB", "low"), lambda row: _bytes(row.memory.peak_bytes if row.memory else None, _memory_note(row))),
+        (Column("peak", "Peak RSS", "MB", "low"), _peak),
         (Column("ppl", "Perplexity", "", "low"), lambda row: _figure(record, row, "ppl_candidate", "{:.2f}")),
         (Column("kl", "KL", "nats", "low"), lambda row: _figure(record, row, "kl_mean", "kl")),
         (Column("top1", "Top-1", "%", "high"), lambda row: _figure(record, row, "top1_agreement", "{:.1f}", 100.0)),
@@ -141,11 +161,21 @@ def _failed(row: Row, key: str) -> Cell | None:
 
 
 def _bytes(value: int | None, note: str) -> Cell:
-    return _number(None if value is None else value / 1e6, "{:,.1f}", note, exact=f"{value:,} bytes" if value is not None else "")
+    if value is None:
+        return Cell(NOT_KNOWN, None, note)
+    return Cell(f"{value / 1e6:,.1f}", value / 1e6, "; ".join(filter(None, (f"{value:,} bytes", note))), (value / 1e6, value / 1e6))
 
 
-def _number(value: float | None, form: str, note: str, exact: str = "") -> Cell:
-    return Cell(NOT_KNOWN, None, note) if value is None else Cell(form.format(value), value, "; ".join(filter(None, (exact, note))))
+def _peak(row: Row) -> Cell:
+    """The largest peak of the rounds; what it may be instead is the range over the rounds."""
+    cell = _bytes(row.memory.peak_bytes if row.memory else None, _memory_note(row))
+    phases = [[attempt.memory.get(phase, {}).get("peak_bytes") or 0 for phase in ("loaded", "steady")] for attempt in row.attempts if attempt.status == "ok"]
+    peaks = [max(found) / 1e6 for found in phases if max(found)]
+    return replace(cell, interval=(min(peaks), max(peaks))) if cell.value is not None and peaks else cell
+
+
+def _number(value: float | None, form: str, note: str) -> Cell:
+    return Cell(NOT_KNOWN, None, note) if value is None else Cell(form.format(value), value, note)
 
 
 def _time(timing: Timing | None, scale: float, digits: int) -> Cell:
@@ -156,7 +186,8 @@ def _time(timing: Timing | None, scale: float, digits: int) -> Cell:
         sure = f"no interval: {sure}" if sure else ""
     else:
         sure = f"95 % interval {timing.ci95_p50_s[0] * scale:.{digits}f} to {timing.ci95_p50_s[1] * scale:.{digits}f}"
-    return Cell(f"{timing.p50_s * scale:.{digits}f}", timing.p50_s * scale, "; ".join(filter(None, (f"median of {timing.n}", sure))))
+    bounds = (timing.ci95_p50_s[0] * scale, timing.ci95_p50_s[1] * scale) if timing.ci95_p50_s else None
+    return Cell(f"{timing.p50_s * scale:.{digits}f}", timing.p50_s * scale, "; ".join(filter(None, (f"median of {timing.n}", sure))), bounds)
 
 
 def _quantile(timing: Timing | None, name: str) -> Cell:
@@ -184,7 +215,7 @@ def _figure(record: BenchRecord, row: Row, name: str, form: str, scale: float = 
     bounds: Mapping[str, Any] = quality.figures.get("ci95") or {}
     interval = bounds.get(name)
     note = f"95 % interval {written(interval[0] * scale)} to {written(interval[1] * scale)}" if interval else ""
-    return Cell(written(value * scale), value * scale, note)
+    return Cell(written(value * scale), value * scale, note, (interval[0] * scale, interval[1] * scale) if interval else None)
 
 
 def write_kl(value: float) -> str:

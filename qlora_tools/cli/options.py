@@ -15,7 +15,7 @@ from qlora_tools.cli.screen import Screen
 from qlora_tools.cli.session import Session
 
 
-class _Size(click.ParamType):
+class _Size(click.ParamType[int]):
     """``20MB``, ``1.5GB``, ``512KiB`` or a plain number of bytes."""
 
     name = "size"

@@ -160,10 +160,10 @@ def _train_pair(folder: Path, recipe: Recipe, code: Corpus, prose: Corpus, seed:
 
     model = _new_model(recipe, seed)
     train(model, code_ids, recipe.pretrain, seed=seed, title="training base", progress=progress)
-    base = _store(model, tokenizer, folder / _BASE, recipe)
+    base = _store(model, tokenizer, folder / _BASE)
     base_scores = _heldout_perplexities(model, heldout, recipe)
     train(model, prose_ids, recipe.finetune, seed=seed + 1, title="training tuned", progress=progress)
-    tuned = _store(model, tokenizer, folder / _TUNED, recipe)
+    tuned = _store(model, tokenizer, folder / _TUNED)
     tuned_scores = _heldout_perplexities(model, heldout, recipe)
     return Scores(base_scores["code"], base_scores["prose"], tuned_scores["code"], tuned_scores["prose"], _delta_share(base, tuned))
 
@@ -193,7 +193,7 @@ def _new_model(recipe: Recipe, seed: int) -> Any:
         return LlamaForCausalLM(config)
 
 
-def _store(model: Any, tokenizer: Tokenizer, folder: Path, recipe: Recipe) -> dict[str, torch.Tensor]:
+def _store(model: Any, tokenizer: Tokenizer, folder: Path) -> dict[str, torch.Tensor]:
     """Write the model as a Hugging Face folder and round its weights to what was written (bf16); returns the stored tensors."""
     import torch
 
@@ -208,7 +208,7 @@ def _store(model: Any, tokenizer: Tokenizer, folder: Path, recipe: Recipe) -> di
     config = type(model.config).from_dict(model.config.to_dict() | {"dtype": "bfloat16", "architectures": [type(model).__name__]})
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    save_tokenizer(tokenizer, folder, context=recipe.positions)
+    save_tokenizer(tokenizer, folder)
     return stored
 
 
@@ -217,7 +217,9 @@ def _heldout_perplexities(model: Any, heldout: dict[str, list[int]], recipe: Rec
 
 
 def _delta_share(base: dict[str, torch.Tensor], tuned: dict[str, torch.Tensor]) -> float:
-    shares: list[float] = [((tuned[name].float() - base[name].float()).norm() / base[name].float().norm()).item() for name in base if base[name].ndim == 2 and ".layers." in name]
+    shares: list[float] = [
+        ((tuned[name].float() - base[name].float()).norm() / base[name].float().norm()).item() for name in base if base[name].ndim == 2 and ".layers." in name
+    ]
     return sum(shares) / len(shares)
 
 

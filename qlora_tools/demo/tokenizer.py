@@ -6,7 +6,6 @@ token is added around a text; documents are joined by :data:`EOS` when they are 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,7 +40,7 @@ def train_tokenizer(documents: Iterable[Document], *, vocab_size: int, sample_by
     return tokenizer
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, context: int) -> None:
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write ``tokenizer.json`` and ``tokenizer_config.json`` into ``folder``, for ``AutoTokenizer.from_pretrained``."""
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
     config = {
@@ -49,18 +48,10 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, context: int) -> None:
         "bos_token": BOS,
         "clean_up_tokenization_spaces": False,
         "eos_token": EOS,
-        "model_max_length": context,
         "pad_token": PAD,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     (folder / "tokenizer_config.json").write_bytes(canonical_json(config))
-
-
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer that :func:`save_tokenizer` wrote."""
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_str(json.dumps(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))))
 
 
 def pack(tokenizer: Tokenizer, documents: Iterable[Document], limit: int | None = None) -> list[int]:

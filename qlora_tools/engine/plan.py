@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from qlora_tools.errors import IncompatibleError, MissingError
+from qlora_tools.finite import refuse_non_finite
 from qlora_tools.names import nearest, shortened
 from qlora_tools.specs import TensorSpec
 
@@ -125,15 +126,20 @@ def tile_label(name: str, rows: tuple[int, int] | None) -> str:
 
 
 def copy_units(source: str, spec: TensorSpec, target: TensorSpec | None = None) -> Iterator[Unit]:
-    """Units that copy ``spec`` into ``target`` (default: the same), casting to the target's dtype once."""
+    """Units that copy ``spec`` into ``target`` (default: the same), casting to the target's dtype once. NaN and infinity are refused."""
     target = target or spec
 
-    def cast(tensor: torch.Tensor) -> Outcome:
-        return Outcome({target.name: tensor.to(target.torch_dtype)})
+    def casting(first_row: int) -> Callable[[torch.Tensor], Outcome]:
+        def cast(tensor: torch.Tensor) -> Outcome:
+            stored = tensor.to(target.torch_dtype)
+            refuse_non_finite(spec.name, stored, row=first_row)
+            return Outcome({target.name: stored})
+
+        return cast
 
     for rows in row_tiles(spec):
         write = Write(target.name) if rows is None else Write(target.name, rows[0], rows[1] - rows[0])
-        yield Unit(f"copy {tile_label(spec.name, rows)}", (Read(source, spec.name, rows),), (write,), cast)
+        yield Unit(f"copy {tile_label(spec.name, rows)}", (Read(source, spec.name, rows),), (write,), casting(write.row))
 
 
 def _check_read(unit: Unit, read: Read, sources: Mapping[str, Source]) -> None:

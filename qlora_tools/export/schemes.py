@@ -38,7 +38,7 @@ class Scheme:
             return Blocks(4)
         if role in ("qkv", "output") or (role != "head" and rows * columns < SMALL):
             return Blocks(8, zeros=True)
-        return Digits(per_token=role == "down")
+        return Digits()
 
     def packs_feed(self, rows: int, columns: int) -> bool:
         """Whether gate and up are one matrix. Two spare the two-digit format a copy that costs more than the node it saves."""
@@ -49,7 +49,7 @@ class Scheme:
         if self.carried == "fp32":
             return Dense()
         if self.carried == "int4":
-            return Blocks(4)
+            return Blocks(8)
         return Dense(stored=dtype if dtype in ("BF16", "F16") else "F32")
 
 

@@ -21,6 +21,9 @@ from qlora_tools.lowrank.certificate import Certificate, certificate_of, certify
 from qlora_tools.lowrank.factors import LowRank
 from qlora_tools.lowrank.svd import Truncated, seed_of, squared_norm, truncated_svd
 
+#: A tile of 128 Ki elements is 512 KiB in fp32: it fits a core's cache with its temporaries.
+_TILE_ELEMENTS = 1 << 17
+
 
 @dataclass(frozen=True, eq=False)
 class Factored:
@@ -68,14 +71,12 @@ def factor(
     def apply(base: torch.Tensor, tuned: torch.Tensor) -> Outcome:
         if _same(base, tuned):
             return Outcome(report=Factored(name))
-        delta_OI = _delta(base, tuned).reshape(base.shape[0], -1)
-        energy = squared_norm(delta_OI)
+        delta_OI, energy, weight_energy, noise = _scan(base.reshape(base.shape[0], -1), tuned.reshape(base.shape[0], -1))
         _check_finite(name, energy, base, tuned)
         if energy == 0.0:
             return Outcome(report=Factored(name))
-        weight_norm = math.sqrt(squared_norm(base.float()))
+        weight_norm = math.sqrt(weight_energy)
         digest = tensor_sha256(base.cpu()) if hash_base else base_sha256
-        noise = min(energy, noise_energy(_coarser(base, tuned)))
         found = truncated_svd(delta_OI, rank, seed=seed_of(name))
         stored = found.factors.to(dtype)
         if adaptive:
@@ -124,16 +125,27 @@ def _same(base: torch.Tensor, tuned: torch.Tensor) -> bool:
 
 
 def _delta(base: torch.Tensor, tuned: torch.Tensor) -> torch.Tensor:
-    """tuned - base in fp32, with one fp32 tensor alive: the subtraction widens its right side element by element."""
-    if torch.float64 in (base.dtype, tuned.dtype):
-        return (tuned.double() - base.double()).float()
-    return tuned.to(torch.float32, copy=True).sub_(base)
+    """tuned - base in fp32, formed in the wider of their dtypes."""
+    wide = torch.float64 if torch.float64 in (base.dtype, tuned.dtype) else torch.float32
+    return (tuned.to(wide) - base.to(wide)).float()
 
 
-def _coarser(base: torch.Tensor, tuned: torch.Tensor) -> torch.Tensor:
-    """The tensor whose grid is the coarser one: its rounding is what a delta contains. The tuned one where both are alike,
-    since training starts from the base exactly as it is stored."""
-    return base if torch.finfo(base.dtype).eps > torch.finfo(tuned.dtype).eps else tuned
+def _scan(base_OI: torch.Tensor, tuned_OI: torch.Tensor) -> tuple[torch.Tensor, float, float, float]:
+    """The delta in fp32, ||delta||^2, ||base||^2 and the noise energy, in one pass over row tiles that stay in the cache.
+
+    The noise is that of the coarser of the two grids: of the tuned one where they are alike, since training starts from
+    the base exactly as it is stored.
+    """
+    coarse_OI = base_OI if torch.finfo(base_OI.dtype).eps > torch.finfo(tuned_OI.dtype).eps else tuned_OI
+    delta_OI = torch.empty(base_OI.shape, dtype=torch.float32, device=base_OI.device)
+    sums = [0.0, 0.0, 0.0]
+    step = max(1, _TILE_ELEMENTS // base_OI.shape[1])
+    for first in range(0, base_OI.shape[0], step):
+        rows = slice(first, first + step)
+        delta_OI[rows] = _delta(base_OI[rows], tuned_OI[rows])
+        for position, energy in enumerate((squared_norm(delta_OI[rows]), squared_norm(base_OI[rows].float()), noise_energy(coarse_OI[rows]))):
+            sums[position] += energy
+    return delta_OI, sums[0], sums[1], min(sums[0], sums[2])
 
 
 def _check_finite(name: str, energy: float, base: torch.Tensor | None, tuned: torch.Tensor) -> None:

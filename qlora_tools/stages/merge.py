@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from qlora_tools.engine.plan import Outcome, Plan, Read, Source, Unit, Write, copy_units, row_tiles, tile_label
+from qlora_tools.finite import refuse_non_finite
 from qlora_tools.models.family import Family
 from qlora_tools.quant.codec import Codec
 from qlora_tools.specs import TensorSpec
@@ -91,8 +92,9 @@ def _measured_copies(spec: TensorSpec) -> list[Unit]:
     for rows in row_tiles(spec):
         write = Write(spec.name) if rows is None else Write(spec.name, rows[0], rows[1] - rows[0])
 
-        def apply(exact: torch.Tensor, base: torch.Tensor) -> Outcome:
+        def apply(exact: torch.Tensor, base: torch.Tensor, row: int = write.row) -> Outcome:
             stored = exact.to(spec.torch_dtype)
+            refuse_non_finite(spec.name, stored, row=row)
             return Outcome({spec.name: stored}, MergeReport(spec.name, **_sums(exact, stored, base)))
 
         units.append(Unit(f"merge {tile_label(spec.name, rows)}", (Read("model", spec.name, rows), Read("base", spec.name, rows)), (write,), apply))

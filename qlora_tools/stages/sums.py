@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -24,7 +25,7 @@ def dot(left: torch.Tensor, right: torch.Tensor) -> float:
     if not left.numel():
         return 0.0
     rows = left.shape[0] if left.ndim else 1
-    return torch.linalg.vecdot(left.reshape(rows, -1), right.reshape(rows, -1)).double().sum().item()
+    return float(torch.linalg.vecdot(left.reshape(rows, -1), right.reshape(rows, -1)).double().sum())
 
 
 def relative_error(approximation: torch.Tensor, exact: torch.Tensor) -> float:
@@ -35,4 +36,4 @@ def relative_error(approximation: torch.Tensor, exact: torch.Tensor) -> float:
         difference = approximation[rows].float() - reference
         error += dot(difference, difference)
         norm += dot(reference, reference)
-    return (error / norm) ** 0.5 if norm else error**0.5
+    return math.sqrt(error / norm if norm else error)

@@ -34,7 +34,6 @@ class ExportResult:
     note: str | None
     device: str
     dry_run: bool
-    nodes: int | None
     file_bytes: int
     parity: Parity | None
     seconds: float
@@ -100,7 +99,6 @@ def export(
         note=planned.scheme.note,
         device=provider,
         dry_run=dry_run,
-        nodes=None,
         file_bytes=planned.file_bytes,
         parity=parity,
         seconds=time.perf_counter() - began,

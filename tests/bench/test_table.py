@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 from bench_records import make_record
 
-from qlora_tools.bench.table import bench_table, failures, to_markdown, to_text, write_kl
+from qlora_tools.bench.table import Cell, Column, bench_table, failures, leaders, to_markdown, to_text, write_kl
 
 
 def test_a_cell_shows_the_median_and_explains_its_interval():
@@ -57,3 +57,19 @@ def test_plain_text_is_aligned_and_deterministic():
 @pytest.mark.parametrize(("value", "text"), [(0.0, "0"), (7e-5, "7.0e-5"), (0.0312, "0.0312"), (1.5, "1.5000"), (2e-12, "2.0e-12")])
 def test_a_small_divergence_does_not_read_as_none(value, text):
     assert write_kl(value) == text
+
+
+def test_settings_that_cannot_be_told_from_the_best_share_its_place():
+    cells = [Cell("", 5.0, "", (4.0, 6.0)), Cell("", 3.0, "", (2.5, 3.5)), Cell("", 3.2, "", (3.1, 3.9)), Cell("oom"), Cell("", 9.0, "", (8.0, 9.9))]
+    assert leaders(Column("x", "X", "", "low"), cells) == [1, 2]
+    assert leaders(Column("x", "X", "", "high"), cells) == [4]
+    assert leaders(Column("x", "X"), cells) == []
+
+
+def test_without_an_interval_nobody_leads():
+    assert leaders(Column("x", "X", "", "low"), [Cell("", 1.0), Cell("", 2.0, "", (2.0, 2.0))]) == []
+    assert leaders(Column("x", "X", "", "low"), [Cell("", 1.0, "", (1.0, 1.0)), Cell("", 2.0)]) == [0, 1]
+
+
+def test_a_peak_may_be_what_any_round_saw():
+    assert bench_table(make_record()).column("peak")[0].interval == (60.0, 60.0)

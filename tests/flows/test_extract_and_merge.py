@@ -69,7 +69,16 @@ def test_the_report_is_printed_stored_and_true(qlt, here, llama, tuned):
     assert read_manifest(here / "adapters/tuned-r6").base_tensors[NAME] == open_checkpoint(llama).sha256(NAME)
 
 
-@pytest.mark.parametrize("words", [("--rank", "auto"), ("--energy", "0.9"), ("--max-bytes", "40kB"), ("--rank", "3", "--targets", "attn"), ("--rank", "2", "--targets", r"layers\.1\..*up_proj")])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--rank", "auto"),
+        ("--energy", "0.9"),
+        ("--max-bytes", "40kB"),
+        ("--rank", "3", "--targets", "attn"),
+        ("--rank", "2", "--targets", r"layers\.1\..*up_proj"),
+    ],
+)
 def test_every_way_to_choose_ranks_and_targets_writes_an_adapter(qlt, here, llama, tuned, words):
     done = qlt("extract", "--base", llama, "--tuned", tuned, *words, "-o", "a", "--json")
     assert done.code == 0, done.err

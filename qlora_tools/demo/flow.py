@@ -1,0 +1,104 @@
+"""``qlt demo``: the whole chain on one pair of models, ending in one table and one page.
+
+extract -> quantize -> merge (dense, NF4, and NF4 onto the grid, to see it fail) -> export fp32, int8, int4 -> bench.
+Everything is judged against the tuned model itself, so that the table shows what each step keeps of the fine-tune.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_tools.checkpoint.hub import resolve_model
+from qlora_tools.demo.pair import STANDARD, Pair, Recipe, make_pair
+from qlora_tools.errors import UsageError
+from qlora_tools.progress import SILENT, Progress
+from qlora_tools.stages.extract import ExtractConfig
+from qlora_tools.verbs.bench import BenchResult, bench, layers_of
+from qlora_tools.verbs.export import ExportResult, export
+from qlora_tools.verbs.extract import ExtractResult, extract
+from qlora_tools.verbs.merge import MergeResult, merge
+from qlora_tools.verbs.quantize import QuantizeResult, quantize
+
+EXPORTS = ("fp32", "int8", "int4")
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What each step gave, in the order in which they ran. ``pair`` is ``None`` where the models were given."""
+
+    folder: Path
+    pair: Pair | None
+    extracted: ExtractResult
+    quantized: QuantizeResult
+    merged: MergeResult
+    requantized: MergeResult
+    on_grid: MergeResult
+    exported: tuple[ExportResult, ...]
+    benched: BenchResult
+    seconds: float
+
+
+def demo(
+    *,
+    base: str | Path | None = None,
+    tuned: str | Path | None = None,
+    text: Path | None = None,
+    rank: int = 16,
+    rounds: int = 2,
+    folder: Path = Path("demo"),
+    recipe: Recipe = STANDARD,
+    threads: int | None = None,
+    device: str = "auto",
+    command: Sequence[str] = (),
+    after: Callable[[str, Any], None] = lambda step, result: None,
+    progress: Progress = SILENT,
+) -> DemoResult:
+    """Run the chain into ``folder``, replacing what an earlier demo left there; ``after(step, result)`` hears of each step.
+
+    Without ``base`` and ``tuned`` a pair is trained first (about a minute on two cores), or reused from ``folder``.
+    """
+    began = time.perf_counter()
+    if (base is None) != (tuned is None):
+        raise UsageError("a pair is a base and a tuned model", hint="give both --base and --tuned, or neither to train a small pair")
+    pair = None
+    if base is None or tuned is None:
+        pair = make_pair(folder / "models", recipe=recipe, progress=progress)
+        after("train", pair)
+        base, tuned, text = pair.base, pair.tuned, text or pair.heldout_prose
+    base, tuned = resolve_model(str(base)), resolve_model(str(tuned))
+
+    def step(name: str, result: Any) -> Any:
+        after(name, result)
+        return result
+
+    common: dict[str, Any] = {"force": True, "device": device, "progress": progress}
+    adapter, base_nf4 = folder / f"adapter-r{rank}", folder / "base-nf4"
+    extracted = step("extract", extract(base=base, tuned=tuned, config=ExtractConfig(rank=rank), output=adapter, **common))
+    quantized = step("quantize", quantize(model=base, scheme="nf4", output=base_nf4, **common))
+    pairs = [(adapter, 1.0)]
+    merged = step("merge", merge(base=base, adapters=pairs, output=folder / "merged", **common))
+    requantized = step("merge to NF4", merge(base=base, adapters=pairs, scheme="nf4", output=folder / "merged-nf4", **common))
+    on_grid = step("merge onto the NF4 grid", merge(base=base_nf4, adapters=pairs, scheme="nf4", output=folder / "merged-on-grid-nf4", **common))
+    exported = tuple(
+        step(f"export {scheme}", export(base=base, adapters=pairs, scheme=scheme, output=folder / f"onnx-{scheme}", **common)) for scheme in EXPORTS
+    )
+    checkpoints = [base, tuned, folder / "merged", folder / "merged-nf4", folder / "merged-on-grid-nf4"]
+    benched = bench(
+        models=[*checkpoints, *(result.output for result in exported)],
+        reference=tuned,
+        untuned=base,
+        text=text,
+        rounds=rounds,
+        threads=threads,
+        layers=layers_of(adapter),
+        title="What each step keeps, costs and gains",
+        output=folder / "bench",
+        command=command,
+        **common,
+    )
+    after("bench", benched)
+    return DemoResult(folder, pair, extracted, quantized, merged, requantized, on_grid, exported, benched, time.perf_counter() - began)

@@ -1,0 +1,78 @@
+"""``genai_config.json``: how onnxruntime-genai finds its way round the graph.
+
+The model types of the exported families are the ones onnxruntime-genai knows by the same names. Search settings
+are the model's own generation settings where it has any, and neutral ones elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qlora_tools.export.decoder_export import MODEL_FILE, DecoderExport
+from qlora_tools.manifest import canonical_json
+
+FILE_NAME = "genai_config.json"
+_NEUTRAL = {
+    "diversity_penalty": 0.0,
+    "do_sample": False,
+    "early_stopping": True,
+    "length_penalty": 1.0,
+    "min_length": 0,
+    "no_repeat_ngram_size": 0,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "repetition_penalty": 1.0,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+}
+
+
+def write_genai_config(export: DecoderExport, config: Mapping[str, Any], folder: Path) -> None:
+    """Write the file beside the graph. Reads ``generation_config.json`` in ``folder`` where there is one."""
+    generation = folder / "generation_config.json"
+    settings = json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else {}
+    (folder / FILE_NAME).write_bytes(canonical_json(genai_config(export, config, settings)))
+
+
+def genai_config(export: DecoderExport, config: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[str, Any]:
+    """The file's content. ``generation`` are the settings of generation_config.json; token ids there win over config.json's."""
+    decoder = export.decoder
+
+    def token(name: str, otherwise: Any) -> Any:
+        found = generation.get(name, config.get(name))
+        return otherwise if found is None else found
+
+    end = token("eos_token_id", 0)
+    padding = token("pad_token_id", end[0] if isinstance(end, list) else end)
+    search = {name: generation[name] if generation.get(name) is not None else value for name, value in _NEUTRAL.items()}
+    return {
+        "model": {
+            "bos_token_id": token("bos_token_id", 0),
+            "context_length": decoder.max_positions,
+            "decoder": {
+                "filename": MODEL_FILE,
+                "head_size": decoder.head_size,
+                "hidden_size": decoder.hidden,
+                "inputs": {
+                    "attention_mask": "attention_mask",
+                    "input_ids": "input_ids",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "num_attention_heads": decoder.heads,
+                "num_hidden_layers": decoder.layers,
+                "num_key_value_heads": decoder.kv_heads,
+                "outputs": {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"},
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+            },
+            "eos_token_id": end,
+            "pad_token_id": padding,
+            "type": decoder.model_type,
+            "vocab_size": decoder.vocab,
+        },
+        "search": {**search, "max_length": decoder.max_positions, "past_present_share_buffer": True},
+    }
