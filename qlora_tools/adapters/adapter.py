@@ -33,7 +33,9 @@ from qlora_tools.specs import TensorSpec
 
 _PREFIX = "base_model.model."
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|base_layer)(?=\.)")
-_LORA = re.compile(r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.(?P<adapter>[^.]+))??(?:\.(?P<leaf>weight|bias))?")
+_LORA = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.(?P<adapter>[^.]+))??(?:\.(?P<leaf>weight|bias))?"
+)
 _TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?")
 _SAVED = re.compile(r"(?P<module>.+)\.modules_to_save(?:\.[^.]+)?\.(?P<leaf>[^.]+)")
 
@@ -128,7 +130,9 @@ class _Binder:
 
     def __init__(self, name: str, config: PeftConfig, base_specs: dict[str, TensorSpec], family: Family, ties: dict[str, str]) -> None:
         self._name, self._config, self._family, self._ties = name, config, family, ties
-        self._base = base_specs | {tied: TensorSpec(tied, base_specs[owner].dtype, base_specs[owner].shape) for tied, owner in ties.items() if owner in base_specs}
+        self._base = base_specs | {
+            tied: TensorSpec(tied, base_specs[owner].dtype, base_specs[owner].shape) for tied, owner in ties.items() if owner in base_specs
+        }
         self._lora: dict[str, dict[str, Part]] = {}
         self._rows: dict[str, Part] = {}
         self._whole: dict[str, Part] = {}
@@ -219,7 +223,11 @@ class _Binder:
         if spec is None:
             self._unmatched.append(part.key)
             return None
-        grown = len(spec.shape) == len(part.spec.shape) == 2 and spec.shape[1] == part.spec.shape[1] and self._family.role(split_tensor(target)[0]) in ("embedding", "head")
+        grown = (
+            len(spec.shape) == len(part.spec.shape) == 2
+            and spec.shape[1] == part.spec.shape[1]
+            and self._family.role(split_tensor(target)[0]) in ("embedding", "head")
+        )
         return target if grown or self._fits(part, spec.shape) else None
 
     def _bind_rows(self, module: str, renamed: str, part: Part) -> TokenRows | None:
@@ -240,7 +248,9 @@ class _Binder:
 
     def _report(self) -> None:
         if self._wrong:
-            raise IncompatibleError(f"adapter {self._name} does not fit the base: {'; '.join(self._wrong)}", hint="give the base model that the adapter was trained on")
+            raise IncompatibleError(
+                f"adapter {self._name} does not fit the base: {'; '.join(self._wrong)}", hint="give the base model that the adapter was trained on"
+            )
         if self._unmatched:
             modules = [split_tensor(name)[0] for name in self._base]
             close = nearest(_WRAPPERS.sub("", self._unmatched[0].removeprefix(_PREFIX)).split(".lora_")[0], modules, 1)

@@ -205,12 +205,16 @@ def parse_config(content: Any, where: str = FILE_NAME) -> PeftConfig:
 def _refuse(content: Mapping[str, Any], where: str) -> None:
     kind = content.get("peft_type")
     if kind not in (None, "LORA"):
-        raise UnsupportedError(f"{where}: peft_type is {kind!r}, this version reads LORA", hint="convert it with peft's `convert_to_lora`, or merge it with PEFT")
+        raise UnsupportedError(
+            f"{where}: peft_type is {kind!r}, this version reads LORA", hint="convert it with peft's `convert_to_lora`, or merge it with PEFT"
+        )
     for name, value in content.items():
         if not is_empty(value) and FIELDS.get(name, "unknown") == "refused":
             raise UnsupportedError(f"{where}: `{name}` is set; {_REASONS[name]}", hint="merge this adapter with PEFT itself")
         if not is_empty(value) and name not in FIELDS:
-            raise UnsupportedError(f"{where}: `{name}` = {str(value)[:80]} is unknown to this version and may change what the adapter computes", hint="remove it if it does not")
+            raise UnsupportedError(
+                f"{where}: `{name}` = {str(value)[:80]} is unknown to this version and may change what the adapter computes", hint="remove it if it does not"
+            )
     init = content.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower() not in _HARMLESS_INITS:
         raise UnsupportedError(

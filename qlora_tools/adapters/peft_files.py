@@ -37,7 +37,10 @@ def read_adapter(folder: Path, base_specs: Mapping[str, TensorSpec], family: Fam
     if not path.is_file():
         pickled = sorted(folder.glob("adapter_model*.bin"))
         if pickled:
-            raise UnsupportedError(f"{pickled[0]} is a pickle, which can run code when opened", hint="load it with PEFT where you trust it and call save_pretrained(..., safe_serialization=True)")
+            raise UnsupportedError(
+                f"{pickled[0]} is a pickle, which can run code when opened",
+                hint="load it with PEFT where you trust it and call save_pretrained(..., safe_serialization=True)",
+            )
         raise MissingError(f"{path} is not there", hint="give the folder that holds adapter_config.json and adapter_model.safetensors")
     file = SafetensorsFile(path)
     parts = [Part(key, spec, partial(file.read, key)) for key, spec in file.specs.items()]

@@ -17,15 +17,18 @@ from qlora_tools.names import layer_index
 
 WIDTH = 620.0
 _BAR_HEIGHT, _BAR_STEP = 18.0, 32.0
+_DECADES = 5  # float rounding alone gives divergences of 1e-12, which would squeeze all others together
 
 
 def pareto_chart(points: Sequence[Point], x_title: str) -> str | None:
-    """Scatter of KL (log, 0 at the foot) over a cost. Filled marks and the step line are the frontier."""
+    """Scatter of KL (log; what is too small to matter lies at the foot) over a cost. Filled marks and the step line are the frontier."""
     if len(points) < 2:
         return None
     left, right, top, bottom = 66.0, WIDTH - 20, 16.0, 340.0
     x = linear_scale([point.x for point in points], left, right)
-    y = log_scale([value for point in points for value in (point.y, *(point.interval or ()))], bottom, top)  # an interval of 0 belongs to a KL of 0
+    y = log_scale(
+        [value for point in points for value in (point.y, *(point.interval or ()))], bottom, top, most_decades=_DECADES
+    )  # an interval of 0 belongs to a KL of 0
     parts = []
     for value, label in ticks(x):
         parts += [line(x(value), top, x(value), bottom, "grid"), text(x(value), bottom + 20, label, "tick", "middle")]
@@ -35,7 +38,7 @@ def pareto_chart(points: Sequence[Point], x_title: str) -> str | None:
     parts.append(_frontier_line([(x(p.x), y(p.y)) for p in points if p.on_frontier]))
     for point in points:
         kind = "point best" if point.on_frontier else "point"
-        if point.interval and point.y > 0:
+        if point.interval and y(point.y) < bottom:
             parts.append(line(x(point.x), y(point.interval[0]), x(point.x), y(point.interval[1]), "whisker soft"))
         tip = f"{point.name}: {point.x:,.4g}, KL {write_kl(point.y)}" + (
             f" ({write_kl(point.interval[0])} to {write_kl(point.interval[1])})" if point.interval else ""

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from qlora_tools.bench.record import BenchRecord, Row
 
+#: Two fp32 runtimes of one model differ by about 1e-12; a divergence below this is no reason to prefer either.
+ROUNDING_NATS = 1e-9
+
 
 @dataclass(frozen=True)
 class Point:
@@ -34,7 +37,7 @@ def divergence_points(record: BenchRecord, cost: Callable[[Row], float | None]) 
             interval = (quality.figures.get("ci95") or {}).get("kl_mean")
             found.append((record.setting(row.setting).name, x, kl, tuple(interval) if interval else None))
     found.sort(key=lambda item: (item[1], item[2], item[0]))
-    marked = frontier([(x, y) for _, x, y, _ in found])
+    marked = frontier([(x, max(y, ROUNDING_NATS)) for _, x, y, _ in found])
     return [Point(name, x, y, interval, on) for (name, x, y, interval), on in zip(found, marked, strict=True)]
 
 

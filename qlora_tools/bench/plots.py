@@ -52,7 +52,7 @@ def _pareto(axes: Any, points: list[Point], x_title: str) -> bool:
     if len(points) < 2:
         return False
     positive = [point.y for point in points if point.y > 0]
-    axes.set_yscale("symlog", linthresh=min(positive) / 2 if positive else 1e-6)
+    axes.set_yscale("symlog", linthresh=max(min(positive) / 2, max(positive) / 1e5) if positive else 1e-6)
     front = [point for point in points if point.on_frontier]
     axes.step([p.x for p in front], [p.y for p in front], where="post", color=_BLUE, alpha=0.5, linewidth=1.2)
     for point in points:

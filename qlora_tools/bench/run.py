@@ -94,7 +94,7 @@ def measure_once(setting: Setting, workload: Workload, number: int, *, threads: 
     return Attempt(
         round=number,
         status=outcome["status"],
-        reason=outcome["reason"],
+        reason=_without_folder_names(outcome["reason"], setting),
         wall_s=outcome["wall_s"],
         cpu_s=outcome["cpu_s"],
         cpu_stall=outcome["cpu_stall"],
@@ -124,7 +124,8 @@ def judge_once(setting: Setting, task: QualityTask, row: Row, *, threads: int) -
         "probe_options": dict(task.options),
     }
     outcome = run_worker(job, timeout_s=task.timeout_s, environment=setting.environment)
-    return Quality(setting.id, task.reference.id, outcome["status"], outcome["reason"], outcome.get("figures", {}))
+    reason = _without_folder_names(_without_folder_names(outcome["reason"], setting), task.reference)
+    return Quality(setting.id, task.reference.id, outcome["status"], reason, outcome.get("figures", {}))
 
 
 def summarise_row(setting: Setting, workload: Workload, attempts: Sequence[Attempt]) -> Row:
@@ -237,6 +238,14 @@ def _without_folders(setting: Setting) -> Setting:
 
     options = {name: shorten(value) for name, value in setting.options.items()}
     return replace(setting, options=options, path=shorten(setting.path), environment={name: shorten(value) for name, value in setting.environment.items()})
+
+
+def _without_folder_names(reason: str | None, setting: Setting) -> str | None:
+    """A worker's message with the setting's own paths by their last part."""
+    paths = {value for value in (*setting.options.values(), setting.path) if isinstance(value, str) and Path(value).is_absolute()}
+    for path in sorted(paths, key=len, reverse=True):
+        reason = reason and reason.replace(path, Path(path).name)
+    return reason
 
 
 def _check(settings: Sequence[Setting], rounds: int, threads: int, timeout_s: float) -> None:

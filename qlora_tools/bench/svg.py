@@ -23,11 +23,12 @@ class Scale:
     start: float
     end: float
     is_log: bool = False
-    foot: float = 0.0  # the share of the length kept for zero, below ``low``
+    foot: float = 0.0  # the share of the length kept for what lies below ``low``, shown all alike
+    foot_label: str = "0"
 
     def __call__(self, value: float) -> float:
         if self.is_log:
-            if value <= 0:
+            if value <= 0 or (self.foot and value < self.low):
                 return self.start
             share = (math.log10(value) - math.log10(self.low)) / (math.log10(self.high) - math.log10(self.low))
             first = self.start + self.foot * (self.end - self.start)
@@ -44,11 +45,16 @@ def linear_scale(values: Sequence[float], start: float, end: float, *, from_zero
     return Scale(low, high if high > low else low + 5 * step, start, end)
 
 
-def log_scale(values: Sequence[float], start: float, end: float) -> Scale:
-    """Whole decades around the positive values; room for 0 where 0 is among them."""
+def log_scale(values: Sequence[float], start: float, end: float, *, most_decades: int | None = None) -> Scale:
+    """Whole decades around the positive values, the upper ``most_decades`` of them; a foot for 0 and for what is smaller still."""
     positive = [value for value in values if value > 0] or [1e-3, 1e-2]
     low, high = math.floor(math.log10(min(positive)) + 1e-9), math.ceil(math.log10(max(positive)) - 1e-9)
-    return Scale(10.0**low, 10.0 ** max(high, low + 1), start, end, is_log=True, foot=0.1 if min(values, default=0.0) <= 0 else 0.0)
+    high = max(high, low + 1)
+    is_cut = most_decades is not None and high - low > most_decades
+    if most_decades is not None and is_cut:
+        low = high - most_decades
+    foot = 0.1 if is_cut or min(values, default=0.0) <= 0 else 0.0
+    return Scale(10.0**low, 10.0**high, start, end, is_log=True, foot=foot, foot_label=f"<{_power(low)}" if is_cut else "0")
 
 
 def ticks(scale: Scale) -> list[tuple[float, str]]:
@@ -56,11 +62,15 @@ def ticks(scale: Scale) -> list[tuple[float, str]]:
     if scale.is_log:
         low, high = round(math.log10(scale.low)), round(math.log10(scale.high))
         every = max(1, math.ceil((high - low) / 6))
-        decades = [(10.0**power, f"{10.0**power:g}" if power > -4 else f"1e{power}") for power in range(low, high + 1, every)]
-        return [(0.0, "0"), *decades] if scale.foot else decades
+        decades = [(10.0**power, _power(power)) for power in range(low, high + 1, every)]
+        return [(0.0, scale.foot_label), *decades] if scale.foot else decades
     step = _round_step(scale.high - scale.low)
     count = round((scale.high - scale.low) / step)
     return [(scale.low + i * step, f"{scale.low + i * step:,.10g}") for i in range(count + 1)]
+
+
+def _power(exponent: int) -> str:
+    return f"{10.0**exponent:g}" if exponent > -4 else f"1e{exponent}"
 
 
 def _round_step(span: float) -> float:

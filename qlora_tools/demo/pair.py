@@ -45,6 +45,7 @@ class Recipe:
     feed_forward: int
     pretrain: Schedule
     finetune: Schedule
+    tokenizer_bytes: int = 3_000_000
     eval_windows: int = 40
     positions: int = 1024
 
@@ -75,8 +76,9 @@ TINY = Recipe(
     heads=2,
     kv_heads=1,
     feed_forward=192,
-    pretrain=Schedule(steps=30, batch=2, context=64, kind="muon", rate=1e-2, matrix_rate=2e-2),
-    finetune=Schedule(steps=20, batch=2, context=64, rate=1e-3),
+    pretrain=Schedule(steps=20, batch=2, context=64, kind="muon", rate=1e-2, matrix_rate=2e-2),
+    finetune=Schedule(steps=10, batch=2, context=64, rate=1e-3),
+    tokenizer_bytes=300_000,
     eval_windows=8,
 )
 """A few seconds; for tests."""
@@ -150,7 +152,7 @@ def _pair(folder: Path, scores: Scores, *, reused: bool) -> Pair:
 
 def _train_pair(folder: Path, recipe: Recipe, code: Corpus, prose: Corpus, seed: int, progress: Progress) -> Scores:
     with progress.task("tokenizing", 1, "tokenizer") as task:
-        tokenizer = train_tokenizer((*code.train, *prose.train), vocab_size=recipe.vocab_size)
+        tokenizer = train_tokenizer((*code.train, *prose.train), vocab_size=recipe.vocab_size, sample_bytes=recipe.tokenizer_bytes)
         code_ids = pack(tokenizer, _shuffled(code.train, seed), limit=recipe.pretrain.tokens + 2 * recipe.pretrain.context)
         prose_ids = pack(tokenizer, _shuffled(prose.train, seed))
         heldout = {corpus.domain: pack(tokenizer, corpus.heldout) for corpus in (code, prose)}

@@ -6,7 +6,7 @@ Writes into the folder it is given; that the folder appears whole or not at all 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class DecoderExport:
 
     decoder: Decoder
     scheme: Scheme
+    table_dtype: str
     layout: Layout
     plan: Plan
 
@@ -47,10 +48,13 @@ def plan_export(source: Source, config: Mapping[str, Any], scheme: str, provider
         tensors that are missing or do not have the config's shapes.
     """
     decoder = decoder_of(config)
+    if f"{decoder.module('head')}.weight" in source.specs:
+        decoder = replace(decoder, tied=False)  # a head of its own was trained, or merged, whatever the config says
     chosen = scheme_of(scheme, provider)
     check_tensors(source, decoder)
-    layout = layout_of(decoder, chosen, source.specs[f"{decoder.module('embedding')}.weight"].dtype)
-    return DecoderExport(decoder, chosen, layout, plan_weights(source, decoder, layout))
+    table_dtype = source.specs[f"{decoder.module('embedding')}.weight"].dtype
+    layout = layout_of(decoder, chosen, table_dtype)
+    return DecoderExport(decoder, chosen, table_dtype, layout, plan_weights(source, decoder, layout))
 
 
 def write_graph(export: DecoderExport, source: Source, folder: Path, progress: Progress = SILENT) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from qlora_tools.checkpoint.writer import check_piece, reserve, write_all
 from qlora_tools.names import shortened
-from qlora_tools.specs import TensorSpec
+from qlora_tools.specs import TensorSpec, byte_view
 
 ALIGNMENT = 4096
 
@@ -49,7 +49,7 @@ class ExternalWriter:
         """Store ``tensor`` as rows starting at ``row`` of ``name``; dtype and trailing shape must be the planned ones."""
         spec = self._specs[name]
         check_piece(spec, tensor, row)
-        data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        data = byte_view(tensor)
         write_all(self._descriptor, data, self.offsets[name] + row * spec.row_bytes)
         with self._lock:
             self._written[name] += len(data)

@@ -45,7 +45,9 @@ def build_graph(decoder: Decoder, layout: Layout, specs: Mapping[str, TensorSpec
             normed, residual = _skip_norm(nodes, decoder, residual, attended, decoder.module("post_norm", index))
             fed = _feed_forward(nodes, layer, normed)
             last = index + 1 == decoder.layers
-            normed, residual = _skip_norm(nodes, decoder, residual, fed, decoder.module("final_norm") if last else decoder.module("input_norm", index + 1), last)
+            normed, residual = _skip_norm(
+                nodes, decoder, residual, fed, decoder.module("final_norm") if last else decoder.module("input_norm", index + 1), last
+            )
     logits = _head(nodes, decoder, layout.head, normed, ids, keep)
     graph = ir.Graph(
         inputs,
@@ -65,7 +67,10 @@ def _value(name: str, kind: ir.DataType, *shape: int | str) -> ir.Value:
 def _inputs(decoder: Decoder) -> tuple[list[ir.Value], list[tuple[ir.Value, ir.Value]]]:
     """Graph inputs in order, and the past (key, value) of each layer among them."""
     cache = ("batch_size", decoder.kv_heads, "past_sequence_length", decoder.head_size)
-    pasts = [(_value(f"past_key_values.{i}.key", ir.DataType.FLOAT, *cache), _value(f"past_key_values.{i}.value", ir.DataType.FLOAT, *cache)) for i in range(decoder.layers)]
+    pasts = [
+        (_value(f"past_key_values.{i}.key", ir.DataType.FLOAT, *cache), _value(f"past_key_values.{i}.value", ir.DataType.FLOAT, *cache))
+        for i in range(decoder.layers)
+    ]
     ids = _value("input_ids", ir.DataType.INT64, "batch_size", "sequence_length")
     mask = _value("attention_mask", ir.DataType.INT64, "batch_size", "total_sequence_length")
     keep = _value(KEEP, ir.DataType.INT64, 1)

@@ -83,7 +83,9 @@ class Nodes:
         key = (array.dtype.str, array.tobytes(), array.shape)
         if key not in self._constants:
             name = f"constant_{len(self._constants)}"
-            self._constants[key] = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.from_numpy(array.dtype)), const_value=ir.tensor(array, name=name))
+            self._constants[key] = ir.Value(
+                name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.from_numpy(array.dtype)), const_value=ir.tensor(array, name=name)
+            )
         return self._constants[key]
 
     def once(self, what: str, value: ir.Value, make: Any) -> tuple[ir.Value, ...]:

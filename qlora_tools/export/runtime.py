@@ -163,7 +163,7 @@ def _load(path: Path, threads: int, device: str) -> Any:
     providers: list[Any] = [provider] if device == "cpu" else [(provider, {"arena_extend_strategy": "kSameAsRequested"}), _PROVIDERS["cpu"]]
     try:
         session = ort.InferenceSession(os.fspath(path), options, providers=providers)
-    except Exception as error:  # noqa: BLE001 -- onnxruntime raises bare classes of its own
+    except Exception as error:
         if type(error).__module__.startswith("onnxruntime"):
             raise CorruptError(f"{path} does not load in onnxruntime {ort.__version__}: {error}", hint="export again with this version") from error
         raise

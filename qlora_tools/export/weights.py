@@ -46,14 +46,20 @@ def check_tensors(source: Source, decoder: Decoder) -> None:
         spec = source.specs.get(name)
         if spec is None:
             close = nearest(name, source.specs)
-            raise MissingError(f"export needs `{name}` {list(shape)}, which the model does not hold", hint=f"the nearest names are {', '.join(close)}" if close else None)
+            raise MissingError(
+                f"export needs `{name}` {list(shape)}, which the model does not hold", hint=f"the nearest names are {', '.join(close)}" if close else None
+            )
         if spec.shape != shape:
-            raise IncompatibleError(f"`{name}` is {list(spec.shape)}, config.json makes it {list(shape)}", hint="the config.json does not describe these weights")
+            raise IncompatibleError(
+                f"`{name}` is {list(spec.shape)}, config.json makes it {list(shape)}", hint="the config.json does not describe these weights"
+            )
     for layer in range(decoder.layers):
         for role in ("query", "key", "value", "output", "gate", "up", "down"):
             bias = f"{decoder.module(role, layer)}.bias"
             if role not in decoder.biased and bias in source.specs:
-                raise IncompatibleError(f"the model holds `{bias}`, which the config says it has not", hint="set attention_bias or mlp_bias in config.json as the model was trained")
+                raise IncompatibleError(
+                    f"the model holds `{bias}`, which the config says it has not", hint="set attention_bias or mlp_bias in config.json as the model was trained"
+                )
 
 
 def checked(name: str, tensor: torch.Tensor) -> torch.Tensor:

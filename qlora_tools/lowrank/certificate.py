@@ -89,7 +89,9 @@ def total_of(certificates: list[Certificate]) -> Total:
         return Total(len(certificates), 0.0, math.sqrt(weights), 0.0, 0.0, math.sqrt(noise), 1.0, 1.0)
     kept = max(0.0, 1.0 - lost / energy)
     kept_signal = min(1.0, kept * energy / signal) if signal > 0 else 1.0
-    return Total(len(certificates), math.sqrt(energy), math.sqrt(weights), math.sqrt(lost / energy), math.sqrt(least / energy), math.sqrt(noise), kept, kept_signal)
+    return Total(
+        len(certificates), math.sqrt(energy), math.sqrt(weights), math.sqrt(lost / energy), math.sqrt(least / energy), math.sqrt(noise), kept, kept_signal
+    )
 
 
 def noise_energy(stored: torch.Tensor) -> float:
@@ -148,7 +150,9 @@ def certificate_of(found: Truncated, rank: int, lost: float, *, reached: float |
         reached = max(0.0, energy - float(found.spectrum[:rank].double().square().sum()))
     reached = min(reached, lost)
     optimum = math.sqrt(max(0.0, reached - found.gap) / energy)
-    return Certificate(rank, math.sqrt(energy), weight_norm, math.sqrt(lost / energy), optimum, math.sqrt(reached / energy) - optimum, found.exact, math.sqrt(noise))
+    return Certificate(
+        rank, math.sqrt(energy), weight_norm, math.sqrt(lost / energy), optimum, math.sqrt(reached / energy) - optimum, found.exact, math.sqrt(noise)
+    )
 
 
 def error_curve(delta_OI: torch.Tensor, stored: LowRank) -> torch.Tensor:

@@ -178,4 +178,3 @@ def _gram(d_MN: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         gram_MM.addmm_(tile, tile.T)
     theta_M, w_MM = torch.linalg.eigh(gram_MM)
     return w_MM.flip(1)[:, :rank].to(d_MN.dtype).contiguous(), theta_M.flip(0).clamp(min=0.0).sqrt().cpu()
-

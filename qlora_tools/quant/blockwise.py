@@ -21,7 +21,7 @@ import torch
 
 from qlora_tools.errors import UnsupportedError, UsageError
 from qlora_tools.quant.floats import bit_patterns, in_threads, refuse_non_finite
-from qlora_tools.quant.kernels import TINY, quantize_grid, quantize_rows
+from qlora_tools.quant.kernels import CLEARLY, TINY, quantize_grid, quantize_rows
 
 # Reciprocal scales tried where a block's extreme value is +1. Negative ones put it on the long side of the grid. The plain one is
 # among those tried, so the search never does worse.
@@ -138,7 +138,7 @@ def quantize_blocks_plain(w_NK: torch.Tensor, grid: Grid) -> tuple[torch.Tensor,
             error = unit - codes / tried
             dot, square = (error * codes).sum(-1, keepdim=True), (codes * codes).sum(-1, keepdim=True).clamp(min=1)
             left = (error * error).sum(-1, keepdim=True) - dot * dot / square
-            better = left < least
+            better = left < least * float(CLEARLY)
             least, scale, inverse = (torch.where(better, new, old) for new, old in ((left, least), (1 / tried + dot / square, scale), (tried, inverse)))
     unsigned = (torch.round(unit * inverse).clamp(low, high) + grid.zero_point).to(torch.uint8)
     packed = unsigned if grid.bits == 8 else unsigned[..., ::2] | (unsigned[..., 1::2] << 4)

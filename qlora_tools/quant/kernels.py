@@ -6,7 +6,7 @@ make no fp32 copy of the tensor, and release the GIL, so the engine may run one 
 
 Floats arrive as their bit patterns: ``bits`` is ``uint16`` for bf16 and fp16, ``uint32`` for fp32, and ``kind`` says
 which. All arithmetic is fp32 in source order, without fast-math, so results do not depend on
-the vector width; the one exception is the scale search (``_fit``), whose sums may differ in the last bit between kinds of CPU.
+the vector width; the one exception is the scale search (``_fit``), whose sums may differ in the last bit between kinds of CPU; ties are broken with a margin.
 
 Index variables start at 0 and slices carry the offset: numba can then prove that no index is negative, and LLVM vectorises.
 
@@ -39,6 +39,7 @@ TINY = np.float32(1e-38)  # bitsandbytes' floor under a block's absmax, so that 
 ROUNDER = np.float32(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds to nearest even where |x| < 2**22
 
 _T0, _T1, _T2, _T3, _T4, _T5, _T6, _T7, _T8, _T9, _T10, _T11, _T12, _T13, _T14 = (np.float32(bound) for bound in NF4_MIDPOINTS)
+CLEARLY = np.float32(1 - 1e-5)  # by how much a scale must win: codes that no clipping touches fit as well negated, and such ties go to the first
 _ONE, _ZERO = np.float32(1), np.float32(0)
 _FP16_REBIAS = np.float32(2.0**112)  # fp16 bits moved into fp32 places are 2**112 too small; exact for subnormals too
 _FP16_INF = np.float32(65536.0)  # what an fp16 infinity becomes by that route; finite fp16 stops at 65504
@@ -266,7 +267,7 @@ def quantize_grid(bits_RK, kind, block, width, inverses, refits, packed_RBJ, sca
                 for attempt in range(len(inverses) + refits):
                     tried = inverses[attempt] if attempt < len(inverses) else _ONE / scale
                     left, fitted = _fit(values, tried, low, high)
-                    if left < least:
+                    if left < least * CLEARLY:
                         least, scale, inverse = left, fitted, tried
             scale_RB[row, number] = scale * extreme
             for j in range(block):

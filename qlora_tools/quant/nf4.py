@@ -11,8 +11,8 @@ On the CPU the bytes are those of bitsandbytes' CPU library, on a GPU its own ke
 * A last block that is not full is divided by its absmax, full ones are multiplied by the reciprocal.
 
 The mean is torch's, and its last bit depends on torch's thread count once there are more than 32768 blocks; with one thread per
-tensor, as the engine runs, the bytes are a function of the input alone. Decoding is our own: bitsandbytes' AVX-512 kernel picks wrong
-scales where blocks straddle rows. Left out: FP4, and levels other than NF4's, which no bitsandbytes kernel would honour.
+tensor, as the engine runs, the bytes are a function of the input alone. On the CPU decoding is our own: bitsandbytes' AVX-512 kernel picks
+wrong scales where blocks straddle rows. Left out: FP4, and levels other than NF4's, which no bitsandbytes kernel would honour.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class NF4:
         if nested is not None:
             scales = restore_absmax(absmax, nested, parts[f"{spec.name}.nested_quant_map"], state, first, last)
         if packed.is_cuda:
-            out.copy_(dequantize_blocks_plain(packed, scales, state.blocksize, start, stop).view_as(out))
+            out.copy_(_dequantize_cuda(packed, scales, state.blocksize, start, stop, out.dtype).view_as(out))
         else:
             dequantize_blocks(packed, scales, state.blocksize, start, stop, out.view(-1), self.threads)
         return out
@@ -201,8 +201,20 @@ def dequantize_blocks(packed: torch.Tensor, absmax_B: torch.Tensor, blocksize: i
     in_threads(decode, stop, TILE_ELEMENTS, threads, start)
 
 
+def _dequantize_cuda(packed: torch.Tensor, absmax_B: torch.Tensor, blocksize: int, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+    """The same by bitsandbytes' kernel, which takes whole blocks: decodes those that touch ``start:stop`` and cuts."""
+    from bitsandbytes.functional import QuantState as Statistics
+    from bitsandbytes.functional import dequantize_4bit
+
+    begin = start // blocksize * blocksize
+    end = min(-(-stop // blocksize) * blocksize, 2 * len(packed))
+    statistics = Statistics(absmax_B, torch.Size((end - begin,)), blocksize=blocksize, quant_type="nf4", dtype=dtype)
+    whole: torch.Tensor = dequantize_4bit(packed[begin // 2 : end // 2].unsqueeze(1), statistics)
+    return whole.view(-1)[start - begin : stop - begin]
+
+
 def dequantize_blocks_plain(packed: torch.Tensor, absmax_B: torch.Tensor, blocksize: int, start: int, stop: int) -> torch.Tensor:
-    """The same in plain torch, fp32, on the device of ``packed``."""
+    """The same in plain torch, fp32, not yet rounded: what tests hold the kernel to."""
     pairs = packed[start // 2 : (stop + 1) // 2]
     codes = torch.stack([pairs >> 4, pairs & 15], 1).view(-1)[start % 2 : start % 2 + stop - start]
     block = torch.arange(start, stop, device=packed.device) // blocksize - start // blocksize

@@ -27,12 +27,12 @@ from qlora_tools.stages.extract_units import Compared, Factored
 
 @dataclass(frozen=True)
 class TensorRow:
-    """One factored tensor of the report. ``energy_reached`` is false where ``--energy`` wanted more than ``max_rank`` can keep."""
+    """One factored tensor of the report. ``capped``: ``max_rank`` cut off what the rule for ranks wanted to keep."""
 
     name: str
     shape: tuple[int, ...]
     certificate: Certificate
-    energy_reached: bool = True
+    capped: bool = False
 
 
 @dataclass(frozen=True)
@@ -211,14 +211,19 @@ class _Result:
         found = [(self._stored_spec(name).name, saved_key(self._live(name))) for name in whole]
         return found + [(self._stored_spec(name).name, saved_key(self._live(name), wrapped=split_tensor(name)[0] in wrapped)) for name in biases]
 
+    def _is_capped(self, name: str, rank: int) -> bool:
+        config, spectrum = self._extraction.config, self._spectrum(name)
+        if config.fixed_rank is not None or rank < spectrum.known or spectrum.known == min(spectrum.shape):
+            return False
+        return config.energy is None or float(spectrum.singular_values.double().square().sum()) < config.energy * spectrum.energy
+
     def _report(self, ranks: Mapping[str, int], whole: list[str], biases: list[str], plan: Plan) -> ExtractReport:
         config = self._extraction.config
         rows, dropped = [], []
         for name, rank in sorted(ranks.items()):
             certificate = self._factored[name].at(rank)
             if rank:
-                reached = config.energy is None or certificate.optimum**2 <= 1.0 - config.energy + 1e-6
-                rows.append(TensorRow(name, self._pieces[name].spec.shape, certificate, reached))
+                rows.append(TensorRow(name, self._pieces[name].spec.shape, certificate, self._is_capped(name, rank)))
             else:
                 reason = "below the rounding noise of the checkpoint" if config.rank == "auto" else "did not fit into max_bytes"
                 dropped.append(Dropped(name, reason, certificate.delta_norm))
@@ -226,9 +231,9 @@ class _Result:
             if self._compared[name].changed:
                 dropped.append(Dropped(name, self._pieces[name].reason, math.sqrt(self._compared[name].delta_energy)))
         notes = []
-        unreached = sum(not row.energy_reached for row in rows)
-        if unreached:
-            notes.append(f"{unreached} tensors keep less than the energy asked for at the largest rank allowed, {config.max_rank}")
+        capped = sum(row.capped for row in rows)
+        if capped:
+            notes.append(f"{capped} tensors would have kept more than the largest rank allowed, {config.max_rank}: raise --max-rank")
         grown = [name for name in self._of_role("grown") if name in whole]
         if grown:
             rows_now = self._stored_spec(grown[0]).shape[0]

@@ -68,7 +68,7 @@ def bench(
         raise UsageError("nothing to measure", hint="give exports, or make one with `qlt export`")
     for folder in folders:
         engine_of(folder, device)
-    settings = [setting_of(folder, device, prompt_tokens + new_tokens, context) for folder in folders]
+    settings = [setting_of(folder, device) for folder in folders]
     dest = output or next_run(Path("runs"))
     check_output(dest, force=force, inputs=folders)
     if dry_run:
@@ -80,7 +80,7 @@ def bench(
         try:
             reading = read_text(Path(reference), text, tokens=quality_tokens, context=context)
             task = QualityTask(
-                PROBE, setting_of(Path(reference), device, prompt_tokens + new_tokens, context), probe_options(reading.corpus, reading.method, reading.windows)
+                PROBE, setting_of(Path(reference), device), probe_options(reading.corpus, reading.method, reading.windows)
             )
             workload = replace(workload, ids=tuple(int(token) for window in reading.windows for token in window.ids)[: workload.longest])
         except MissingError as error:
@@ -91,13 +91,12 @@ def bench(
     return BenchResult(dest, False, tuple(setting.id for setting in settings), task.reference.id if task else None, record)
 
 
-def setting_of(folder: Path, device: str, longest: int, context: int) -> Setting:
-    """How ``folder`` is run: its engine, with room for the longest sequence that will be asked of it."""
+def setting_of(folder: Path, device: str) -> Setting:
+    """How ``folder`` is run, under its own name."""
     engine, options = engine_of(folder, device)
     manifest = read_manifest(folder)
     scheme = str(manifest.command.get("scheme")) if manifest and manifest.command.get("scheme") else None
-    room = {"max_length": max(longest, context + 1)} if "folder" in options else {}
-    return Setting(id=folder.name, engine=engine, options={**options, **room}, scheme=scheme, path=str(folder))
+    return Setting(id=folder.name, engine=engine, options=options, scheme=scheme, path=str(folder))
 
 
 def layers_of(adapter: Path) -> list[Layer]:

@@ -11,6 +11,7 @@ from typing import Any
 from qlora_tools.bench.engine import locate
 from qlora_tools.checkpoint.hub import resolve_model
 from qlora_tools.errors import IncompatibleError, MissingError
+from qlora_tools.manifest import read_manifest
 from qlora_tools.progress import SILENT, Progress
 from qlora_tools.quality.corpus import Corpus, Method, Window, python_reference, read_corpus, tokenize
 from qlora_tools.quality.divergence import divergence
@@ -104,7 +105,8 @@ def engine_of(folder: Path, device: str = "auto") -> tuple[str, dict[str, Any]]:
         MissingError: neither an export nor a checkpoint.
     """
     if list(folder.glob("*.onnx")):
-        return ONNX_ENGINE, {"folder": str(folder)}
+        manifest = read_manifest(folder)
+        return ONNX_ENGINE, {"folder": str(folder), "device": manifest.command.get("device", "cpu") if manifest else "cpu"}
     if not (folder / "config.json").exists():
         raise MissingError(f"{folder} is neither a checkpoint nor an export", hint="run `qlt inspect` on it")
     from qlora_tools.checkpoint.reader import read_json

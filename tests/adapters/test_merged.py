@@ -17,13 +17,17 @@ from qlora_tools.adapters.merged import MergedSource, base_fingerprint
 from qlora_tools.adapters.peft_files import read_adapter
 from qlora_tools.errors import IncompatibleError, NonFiniteError
 from qlora_tools.manifest import FILE_NAME, Manifest
-from tests.adapters.tiny_models import Saved, bert, gpt2, llama, save
+from tests.adapters.tiny_models import Convolutions, Saved, bert, forward, gpt2, llama, save
 
 LINEARS = ["q_proj", "v_proj", "down_proj"]
 LLAMA_CASES: Mapping[str, dict[str, Any]] = {
     "plain": {"target_modules": LINEARS},
     "rslora": {"target_modules": LINEARS, "use_rslora": True},
-    "patterns": {"target_modules": LINEARS, "rank_pattern": {"q_proj": 3, r"layers\.1\.mlp\.down_proj": 7}, "alpha_pattern": {"^model.layers.0.self_attn.v_proj": 11, "q_proj": 2.5}},
+    "patterns": {
+        "target_modules": LINEARS,
+        "rank_pattern": {"q_proj": 3, r"layers\.1\.mlp\.down_proj": 7},
+        "alpha_pattern": {"^model.layers.0.self_attn.v_proj": 11, "q_proj": 2.5},
+    },
     "patterns with rslora": {"target_modules": LINEARS, "rank_pattern": {"v_proj": 2}, "use_rslora": True},
     "lora_bias": {"target_modules": LINEARS, "lora_bias": True},
     "lora_bias with rslora": {"target_modules": LINEARS, "lora_bias": True, "use_rslora": True},
@@ -46,7 +50,9 @@ def merged_by_peft(saved: Saved) -> dict[str, torch.Tensor]:
 
 def assert_same(source: MergedSource, expected: Mapping[str, torch.Tensor], prefix: str = "") -> None:
     for name in source.specs:
-        torch.testing.assert_close(source.read(name).float(), expected[prefix + name].float(), atol=3e-6, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            source.read(name).float(), expected[prefix + name].float(), atol=3e-6, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def assert_tiles_agree(source: MergedSource) -> None:
@@ -81,27 +87,17 @@ def test_gpt2_checkpoint_without_the_models_prefix_is_matched(tmp_path: Path) ->
     assert_same(saved.merged(), expected, "transformer.")
 
 
-@pytest.mark.parametrize("options", [{"target_modules": ["query", "intermediate.dense"]}, {"target_modules": ["word_embeddings", "value"]}, {"target_modules": ["query"], "modules_to_save": ["pooler"]}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["query", "intermediate.dense"]},
+        {"target_modules": ["word_embeddings", "value"]},
+        {"target_modules": ["query"], "modules_to_save": ["pooler"]},
+    ],
+)
 def test_bert_merges_as_peft_does(options: dict[str, Any], tmp_path: Path) -> None:
     saved = save(tmp_path, bert, **options)
     assert_same(saved.merged(), merged_by_peft(saved))
-
-
-class Convolutions(torch.nn.Module):
-    """Convolutions in one, two and three dimensions, and one of kernel size 1."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.one = torch.nn.Conv1d(6, 10, 3)
-        self.two = torch.nn.Conv2d(5, 7, (3, 2))
-        self.three = torch.nn.Conv3d(3, 4, 2)
-        self.point = torch.nn.Conv2d(8, 6, 1)
-
-    def save_pretrained(self, folder: Path) -> None:
-        folder.mkdir()
-        save_file(self.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text("{}")
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_bias": True}])
@@ -110,11 +106,6 @@ def test_convolutions_merge_as_peft_does(options: dict[str, Any], tmp_path: Path
     source = saved.merged()
     assert_same(source, merged_by_peft(saved))
     assert_tiles_agree(source)
-
-
-def forward(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=torch.tensor([[1, 7, 2, 60, 5]])).logits
 
 
 @pytest.mark.parametrize(
@@ -156,7 +147,10 @@ def test_weight_scales_the_change(weight: float, tmp_path: Path) -> None:
 
 
 def test_several_adapters_add_their_changes(tmp_path: Path) -> None:
-    first, second = save(tmp_path, llama, 1, target_modules=LINEARS, use_rslora=True), save(tmp_path, llama, 2, target_modules=["q_proj", "o_proj"], r=3, use_dora=True)
+    first, second = (
+        save(tmp_path, llama, 1, target_modules=LINEARS, use_rslora=True),
+        save(tmp_path, llama, 2, target_modules=["q_proj", "o_proj"], r=3, use_dora=True),
+    )
     base, one = first.open()
     _, two = second.open()
     both = MergedSource(base, [(one, 0.5), (two, 2.0)])

@@ -19,7 +19,9 @@ from qlora_tools.adapters.fields import is_empty
 from qlora_tools.adapters.peft_config import FIELDS, parse_config, pattern_key, read_config
 from qlora_tools.errors import CorruptError, MissingError, UnsupportedError
 
-MODULES = [f"model.layers.{layer}.{part}" for layer in (0, 1, 11) for part in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj", "mlp.experts.1.down_proj")] + ["model.embed_tokens", "lm_head"]
+MODULES = [
+    f"model.layers.{layer}.{part}" for layer in (0, 1, 11) for part in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj", "mlp.experts.1.down_proj")
+] + ["model.embed_tokens", "lm_head"]
 
 
 def test_every_field_of_the_installed_peft_is_in_the_table() -> None:
@@ -34,18 +36,39 @@ def test_refused_fields_are_empty_by_default_in_the_installed_peft() -> None:
 def test_defaults_are_those_of_the_installed_peft() -> None:
     written = LoraConfig()
     config = parse_config({})
-    assert (config.rank, config.alpha, config.bias, config.use_rslora, config.fan_in_fan_out) == (written.r, written.lora_alpha, written.bias, written.use_rslora, written.fan_in_fan_out)
+    assert (config.rank, config.alpha, config.bias, config.use_rslora, config.fan_in_fan_out) == (
+        written.r,
+        written.lora_alpha,
+        written.bias,
+        written.use_rslora,
+        written.fan_in_fan_out,
+    )
 
 
 def test_a_config_that_peft_writes_is_read_back(tmp_path: Path) -> None:
-    LoraConfig(r=7, lora_alpha=3, target_modules=["q_proj"], rank_pattern={"q_proj": 2}, use_rslora=True, layers_to_transform=1, trainable_token_indices={"embed": [1]}).save_pretrained(tmp_path)
+    LoraConfig(
+        r=7, lora_alpha=3, target_modules=["q_proj"], rank_pattern={"q_proj": 2}, use_rslora=True, layers_to_transform=1, trainable_token_indices={"embed": [1]}
+    ).save_pretrained(tmp_path)
     config = read_config(tmp_path)
     assert (config.rank, config.alpha, config.layers_to_transform, config.token_indices) == (7, 3.0, (1,), {"embed": (1,)})
-    assert config.rank_of("model.q_proj") == 2 and config.scale_of("model.q_proj") == pytest.approx(3 / 2**0.5) and config.scale_of("v") == pytest.approx(3 / 7**0.5)
+    assert (
+        config.rank_of("model.q_proj") == 2
+        and config.scale_of("model.q_proj") == pytest.approx(3 / 2**0.5)
+        and config.scale_of("v") == pytest.approx(3 / 7**0.5)
+    )
 
 
 @pytest.mark.parametrize(
-    "patterns", [["q_proj", "down_proj"], ["^model.layers.1.self_attn.q_proj"], [r"layers\.\d+\.mlp.*", "down_proj"], ["proj"], ["1.self_attn.q_proj"], ["q_proj|v_proj"], ["experts.1.down_proj", "down_proj"]]
+    "patterns",
+    [
+        ["q_proj", "down_proj"],
+        ["^model.layers.1.self_attn.q_proj"],
+        [r"layers\.\d+\.mlp.*", "down_proj"],
+        ["proj"],
+        ["1.self_attn.q_proj"],
+        ["q_proj|v_proj"],
+        ["experts.1.down_proj", "down_proj"],
+    ],
 )
 def test_pattern_keys_match_as_peft_does(patterns: list[str]) -> None:
     table = dict.fromkeys(patterns, 1)
@@ -96,7 +119,18 @@ def test_what_would_be_mis_applied_is_refused_by_name(content: dict[str, Any], n
         parse_config(content)
 
 
-@pytest.mark.parametrize("content", [{"use_something_new": None}, {"use_something_new": False}, {"future": {}}, {"init_lora_weights": "gaussian"}, {"init_lora_weights": False}, {"lora_dropout": 0.1}, {"use_qalora": False}])
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"use_something_new": None},
+        {"use_something_new": False},
+        {"future": {}},
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": False},
+        {"lora_dropout": 0.1},
+        {"use_qalora": False},
+    ],
+)
 def test_what_says_nothing_passes(content: dict[str, Any]) -> None:
     assert parse_config(content).rank == 8
 
@@ -148,7 +182,16 @@ def test_missing_file_says_what_to_give(tmp_path: Path) -> None:
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.dictionaries(st.sampled_from(sorted(FIELDS)), st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5), lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2), max_leaves=4)))
+@given(
+    st.dictionaries(
+        st.sampled_from(sorted(FIELDS)),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+            lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+            max_leaves=4,
+        ),
+    )
+)
 def test_any_json_gives_a_config_or_one_of_two_errors(content: dict[str, Any]) -> None:
     with contextlib.suppress(CorruptError, UnsupportedError):
         parse_config(json.loads(json.dumps(content)))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from qlora_tools.adapters.adapter import Adapter
@@ -20,7 +21,15 @@ from qlora_tools.checkpoint.logical import LogicalCheckpoint, open_checkpoint
 def llama(tied: bool = False) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied, attention_bias=True, mlp_bias=True
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+        attention_bias=True,
+        mlp_bias=True,
     )
     return _with_random_biases(LlamaForCausalLM(config))
 
@@ -41,6 +50,29 @@ def _with_random_biases(model: Any) -> Any:
             if name.endswith("bias"):
                 parameter.normal_(std=0.1)
     return model.eval()
+
+
+class Convolutions(torch.nn.Module):
+    """Convolutions in one, two and three dimensions, and one of kernel size 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one = torch.nn.Conv1d(6, 10, 3)
+        self.two = torch.nn.Conv2d(5, 7, (3, 2))
+        self.three = torch.nn.Conv3d(3, 4, 2)
+        self.point = torch.nn.Conv2d(8, 6, 1)
+
+    def save_pretrained(self, folder: Path) -> None:
+        folder.mkdir()
+        save_file(self.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text("{}")
+
+
+def forward(model: Any) -> torch.Tensor:
+    """Logits of a few tokens."""
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([[1, 7, 2, 60, 5]])).logits
 
 
 @dataclass

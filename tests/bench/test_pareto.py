@@ -1,4 +1,6 @@
-from bench_records import make_record
+from dataclasses import replace
+
+from bench_records import figures, make_record
 
 from qlora_tools.bench.pareto import decode_milliseconds, divergence_points, file_megabytes, frontier
 
@@ -19,3 +21,10 @@ def test_points_come_by_cost_and_without_the_failed():
         ("ONNX fp32", 40.0, True),
     ]
     assert len(divergence_points(make_record(), decode_milliseconds)) == 3
+
+
+def test_a_divergence_of_rounding_size_is_as_good_as_none():
+    record = make_record()
+    quality = [replace(record.quality[0], figures=figures(1e-12, 1.0)), record.quality[1], replace(record.quality[2], figures=figures(0.0, 1.0))]
+    points = divergence_points(replace(record, quality=tuple(quality)), file_megabytes)
+    assert [(point.name, point.on_frontier) for point in points] == [("int8 <fast> & |small|", True), ("slow", True), ("ONNX fp32", False)]

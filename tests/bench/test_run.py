@@ -57,12 +57,14 @@ def test_rounds_are_interleaved_and_start_one_further_along(monkeypatch):
 def test_the_record_names_no_folder(monkeypatch, tmp_path):
     (tmp_path / "secret" / "model").mkdir(parents=True)
     (tmp_path / "secret" / "model" / "m.onnx").write_bytes(b"123")
-    monkeypatch.setattr("qlora_tools.bench.run.run_worker", lambda *a, **k: {"status": "error", "reason": "x", "wall_s": 0.0, "cpu_s": None, "cpu_stall": None})
     path = str(tmp_path / "secret" / "model")
+    outcome = {"status": "error", "reason": f"{path} holds no graph", "wall_s": 0.0, "cpu_s": None, "cpu_stall": None}
+    monkeypatch.setattr("qlora_tools.bench.run.run_worker", lambda *a, **k: outcome)
     record = run_bench([Setting("a", "x:y", {"folder": path, "n": 3}, path=path)], WORK, rounds=1)
     assert b"secret" not in record.to_json()
     assert record.settings[0].options == {"folder": "model", "n": 3}
     assert record.rows[0].file_bytes == 3
+    assert record.rows[0].reason == "model holds no graph"
 
 
 @pytest.mark.parametrize(

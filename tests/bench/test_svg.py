@@ -29,6 +29,12 @@ def test_zero_stands_below_the_decades_only_where_there_is_one():
     assert [label for _, label in ticks(log_scale([2e-5, 3e-4], 100, 0))] == ["1e-5", "1e-4", "0.001"]
 
 
+def test_values_far_below_the_rest_share_the_foot_instead_of_squeezing_the_axis():
+    scale = log_scale([1e-12, 0.003, 0.2], 100, 0, most_decades=3)
+    assert [label for _, label in ticks(scale)] == ["<0.001", "0.001", "0.01", "0.1", "1"]
+    assert (scale(1e-12), scale(0.0)) == (100, 100)
+
+
 def test_labels_of_close_marks_do_not_lie_on_each_other():
     marks = [(100.0, 100.0, "first setting"), (104.0, 101.0, "second setting"), (98.0, 103.0, "third setting")]
     boxes = []

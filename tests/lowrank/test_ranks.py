@@ -37,7 +37,11 @@ def test_noise_rank_counts_what_exceeds_the_edge() -> None:
 def test_noise_rank_finds_a_planted_signal() -> None:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(200, 300, generator=generator, dtype=torch.float64)
-    signal = torch.linalg.qr(torch.randn(200, 5, generator=generator, dtype=torch.float64)).Q @ torch.linalg.qr(torch.randn(300, 5, generator=generator, dtype=torch.float64)).Q.T * 100
+    signal = (
+        torch.linalg.qr(torch.randn(200, 5, generator=generator, dtype=torch.float64)).Q
+        @ torch.linalg.qr(torch.randn(300, 5, generator=generator, dtype=torch.float64)).Q.T
+        * 100
+    )
     values = torch.linalg.svdvals(signal + noise)[:40]
     assert rank_above_noise(Spectrum((200, 300), values, 0.0, float(noise.square().sum()))) == 5
 

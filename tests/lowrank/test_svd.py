@@ -24,7 +24,15 @@ def matrix(kind: str, rows: int, columns: int) -> torch.Tensor:
         return (signal + noise * (0.3 if kind == "signal + noise" else 10.0)).float()
     if kind == "rank 3":
         i[3:] = torch.inf
-    values = {"slow": i**-0.25, "harmonic": 1 / i, "steep": i**-2.0, "exponential": (-i / 30).exp(), "flat": torch.ones_like(i), "rank 3": 1 / i, "one value": 1.0 * (i == 1)}
+    values = {
+        "slow": i**-0.25,
+        "harmonic": 1 / i,
+        "steep": i**-2.0,
+        "exponential": (-i / 30).exp(),
+        "flat": torch.ones_like(i),
+        "rank 3": 1 / i,
+        "one value": 1.0 * (i == 1),
+    }
     return ((u * values[kind]) @ v.T * 1e-3).float()
 
 
@@ -109,7 +117,11 @@ def test_squared_norm_is_float64_across_rows_and_shows_non_finite_values() -> No
 
 
 def test_seed_depends_on_the_name_alone() -> None:
-    assert seed_of("model.layers.0.self_attn.q_proj.weight") == seed_of("model.layers.0.self_attn.q_proj.weight") != seed_of("model.layers.1.self_attn.q_proj.weight")
+    assert (
+        seed_of("model.layers.0.self_attn.q_proj.weight")
+        == seed_of("model.layers.0.self_attn.q_proj.weight")
+        != seed_of("model.layers.1.self_attn.q_proj.weight")
+    )
 
 
 @pytest.mark.gpu

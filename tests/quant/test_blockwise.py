@@ -123,7 +123,7 @@ def test_search_agrees_with_its_twin_in_all_but_near_ties(bits, dtype):
     grid = Grid(bits, 32, search=True)
     (packed, scale), (twin, twin_scale) = quantize_blocks(dense, grid), quantize_blocks_plain(dense, grid)
     same = (packed == twin).all(-1) & ((scale - twin_scale).abs() <= 1e-5 * scale.abs())
-    assert float(same.double().mean()) > (0.999 if bits == 4 else 0.97)
+    assert float(same.double().mean()) > (0.999 if bits == 4 else 0.98)
     assert relative_square(dequantize_blocks(packed, scale, grid, 1000), dense) == pytest.approx(
         relative_square(dequantize_blocks(twin, twin_scale, grid, 1000), dense), rel=1e-4
     )

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_tools.errors import CorruptError, NonFiniteError, UnsupportedError, UsageError
+from qlora_tools.quant import nf4
 from qlora_tools.quant.kernels import NF4_LEVELS, NF4_MIDPOINTS
 from qlora_tools.quant.nf4 import NF4, STATE_SUFFIX, dynamic_map, quantize_blocks, quantize_blocks_plain, quantize_dynamic
 from qlora_tools.specs import TensorSpec, spec_of
@@ -157,6 +158,27 @@ def test_kernel_equals_its_plain_twin(count, dtype):
             assert torch.equal(packed, plain[0]) and torch.equal(absmax, plain[1])
 
 
+@given(count=st.integers(1, 700), dtype=st.sampled_from(DTYPES), blocksize=st.sampled_from((32, 64, 512)), data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_decoding_kernel_equals_its_plain_twin(count, dtype, blocksize, data):
+    packed, absmax = quantize_blocks(weights((count,), torch.float32), blocksize)
+    start = data.draw(st.integers(0, count - 1))
+    stop = data.draw(st.integers(start + 1, count))
+    out = torch.empty(stop - start, dtype=dtype)
+    scales = absmax[start // blocksize :]
+    nf4.dequantize_blocks(packed, scales, blocksize, start, stop, out)
+    assert torch.equal(out, nf4.dequantize_blocks_plain(packed, scales, blocksize, start, stop).to(dtype))
+
+
+def test_the_gpu_route_asks_bitsandbytes_for_whole_blocks_and_cuts():
+    """Runs the same calls on the CPU, where bitsandbytes is right about flat tensors of whole blocks."""
+    packed, absmax = quantize_blocks(weights((640,), torch.float32), 64)
+    for start, stop in ((0, 640), (64, 128), (70, 500), (1, 2), (639, 640)):
+        first, last = start // 64, -(-stop // 64)
+        found = nf4._dequantize_cuda(packed, absmax[first:last], 64, start, stop, torch.float32)
+        assert torch.equal(found, nf4.dequantize_blocks_plain(packed, absmax[first:last], 64, start, stop))
+
+
 def test_a_last_block_that_is_not_full_is_divided_like_bitsandbytes():
     """Looks for values where dividing and multiplying by the reciprocal give different codes; both must be bitsandbytes' choice."""
     largest = torch.rand(4000, generator=torch.Generator().manual_seed(0)) + 0.5
@@ -168,7 +190,9 @@ def test_a_last_block_that_is_not_full_is_divided_like_bitsandbytes():
         for count in (5, 64):
             dense = torch.zeros(count)
             dense[0], dense[1] = top, near
-            assert torch.equal(NF4().encode(spec_of(NAME, dense), dense)[NAME], bnbf.quantize_4bit(dense, quant_type="nf4")[0])
+            expected = bnbf.quantize_4bit(dense, quant_type="nf4")[0]
+            assert torch.equal(NF4().encode(spec_of(NAME, dense), dense)[NAME], expected)
+            assert torch.equal(quantize_blocks_plain(dense, 64)[0], expected.view(-1))
 
 
 def test_threads_change_nothing():

@@ -24,8 +24,7 @@ from qlora_tools.errors import IncompatibleError, MissingError, NonFiniteError, 
 from qlora_tools.manifest import FILE_NAME, Manifest
 from qlora_tools.stages.extract import ExtractConfig, Extraction, plan_extract
 from qlora_tools.stages.extract_result import Extracted, finish
-from tests.adapters.tiny_models import bert, gpt2, llama
-from tests.adapters.test_merged import Convolutions, forward
+from tests.adapters.tiny_models import Convolutions, bert, forward, gpt2, llama
 
 Change = Callable[[dict[str, torch.Tensor]], None]
 
@@ -45,7 +44,9 @@ class Pair:
         """Extract, and with ``dest`` write the adapter folder."""
         base, tuned = open_checkpoint(self.base), open_checkpoint(self.tuned)
         extraction = self.plan(**options)
-        result = finish(extraction, run(extraction.plan, {"base": base, "tuned": tuned}, workers=workers), tuned.specs, base_config=base.config, base_model=str(self.base))
+        result = finish(
+            extraction, run(extraction.plan, {"base": base, "tuned": tuned}, workers=workers), tuned.specs, base_config=base.config, base_model=str(self.base)
+        )
         if dest is not None:
             dest.mkdir()
             writer = SafetensorsWriter(dest / WEIGHTS, result.plan.outputs)
@@ -327,7 +328,11 @@ def test_adaptive_ranks_certify_the_cut_that_is_kept(tmp_path: Path) -> None:
     made = pair(tmp_path, llama, both(low_rank("_proj.weight"), shifted("_proj.weight")))
     for options in ({"energy": 0.8}, {"max_bytes": 20_000}):
         result = made.extract(tmp_path / next(iter(options)), **options)
-        before, after, source = load_file(made.base / "model.safetensors"), load_file(made.tuned / "model.safetensors"), made.merged(tmp_path / next(iter(options)))
+        before, after, source = (
+            load_file(made.base / "model.safetensors"),
+            load_file(made.tuned / "model.safetensors"),
+            made.merged(tmp_path / next(iter(options))),
+        )
         for row in result.report.rows:
             delta, got = after[row.name].double() - before[row.name].double(), source.read(row.name).double() - before[row.name].double()
             assert row.certificate.error == pytest.approx(float((delta - got).norm() / delta.norm()), abs=1e-5)
@@ -348,6 +353,13 @@ def test_auto_rank_finds_the_planted_rank_in_bf16_checkpoints(tmp_path: Path) ->
     assert {row.certificate.rank for row in made.extract(rank="auto").report.rows} == {3}
 
 
+@pytest.mark.parametrize("options", [{"energy": 0.95}, {"rank": "auto"}, {"max_bytes": 10**6}])
+def test_what_the_largest_rank_cuts_off_is_said(options: dict[str, Any], tmp_path: Path) -> None:
+    made = pair(tmp_path, llama, both(low_rank("_proj.weight"), shifted("_proj.weight")))
+    free, capped = made.extract(**options, max_rank=32).report, made.extract(**options, max_rank=2).report
+    assert not free.notes and all(row.capped and row.certificate.rank == 2 for row in capped.rows) and "--max-rank" in capped.notes[0]
+
+
 def test_same_inputs_give_the_same_bytes_for_any_number_of_workers(tmp_path: Path) -> None:
     made = pair(tmp_path, llama, both(low_rank("_proj.weight"), shifted("_proj.weight", "model.norm")))
     for name, workers in (("one", 1), ("three", 3)):
@@ -359,7 +371,9 @@ def test_same_inputs_give_the_same_bytes_for_any_number_of_workers(tmp_path: Pat
 def test_hashes_of_the_base_are_recorded_and_another_base_is_refused(tmp_path: Path) -> None:
     made = pair(tmp_path, llama, low_rank("q_proj.weight"))
     result = made.extract(tmp_path / "adapter", rank=4)
-    assert result.base_tensors == {name: open_checkpoint(made.base).sha256(name) for name in (f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1))}
+    assert result.base_tensors == {
+        name: open_checkpoint(made.base).sha256(name) for name in (f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1))
+    }
     with pytest.raises(IncompatibleError, match="another base"):
         Pair(made.tuned, made.tuned).merged(tmp_path / "adapter")
 
@@ -383,7 +397,11 @@ def test_every_wrong_shape_is_in_one_error_before_any_read(tmp_path: Path) -> No
     made = pair(tmp_path, llama, change)
     with pytest.raises(IncompatibleError) as caught:
         plan_extract(Unreadable(made.base), Unreadable(made.tuned), open_checkpoint(made.base).family, ExtractConfig())
-    for text in ("`model.norm.weight` is [31], base has [32]", "`model.layers.0.self_attn.q_proj.weight` is [30, 32], base has [32, 32]", "`lm_head.weight` is [61, 33]"):
+    for text in (
+        "`model.norm.weight` is [31], base has [32]",
+        "`model.layers.0.self_attn.q_proj.weight` is [30, 32], base has [32, 32]",
+        "`lm_head.weight` is [61, 33]",
+    ):
         assert text in str(caught.value)
 
 
@@ -406,7 +424,19 @@ def test_rank_above_the_smaller_side_names_the_tensors_and_the_largest_rank(rank
 
 @pytest.mark.parametrize(
     "options",
-    [{"rank": 0}, {"rank": -1}, {"rank": "all"}, {"rank": 4, "energy": 0.5}, {"energy": 0.0}, {"energy": 1.5}, {"max_bytes": 0}, {"embeddings": "some"}, {"dtype": "I8"}, {"drop": ("(",)}, {"max_rank": 0}],
+    [
+        {"rank": 0},
+        {"rank": -1},
+        {"rank": "all"},
+        {"rank": 4, "energy": 0.5},
+        {"energy": 0.0},
+        {"energy": 1.5},
+        {"max_bytes": 0},
+        {"embeddings": "some"},
+        {"dtype": "I8"},
+        {"drop": ("(",)},
+        {"max_rank": 0},
+    ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):

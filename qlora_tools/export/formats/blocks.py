@@ -63,7 +63,7 @@ class Blocks:
     def multiply(self, nodes: Nodes, x_TI: ir.Value, name: str, rows: int, columns: int, bias: ir.Value | None = None) -> ir.Value:
         weight = [nodes.stored(f"{name}{part}") for part in ("", ".scale", ".zero")[: 3 if self.zeros else 2]]
         options = {"K": columns, "N": rows, "bits": self.bits, "block_size": self.block, "accuracy_level": _ACCURACY_LEVEL}
-        return nodes.contrib("MatMulNBits", x_TI, *weight, *[None] * (5 - len(weight)), bias, **options)
+        return nodes.contrib("MatMulNBits", x_TI, *weight, *[None] * (4 - len(weight)), bias, **options)
 
     def gather(self, nodes: Nodes, ids_T: ir.Value, name: str, columns: int) -> ir.Value:
         """The scales are named a second time with a third axis, which this operator wants; their bytes are the same."""
