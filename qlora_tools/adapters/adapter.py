@@ -42,11 +42,11 @@ _SAVED = re.compile(r"(?P<module>.+)\.modules_to_save(?:\.[^.]+)?\.(?P<leaf>[^.]
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One stored tensor of an adapter. ``key`` is its name in the file."""
+    """One stored tensor of an adapter. ``key`` is its name in the file; ``read()`` gives it, ``read(rows)`` the rows [start, stop)."""
 
     key: str
     spec: TensorSpec
-    read: Callable[[], torch.Tensor]
+    read: Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)

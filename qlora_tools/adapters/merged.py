@@ -18,9 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from qlora_tools.adapters.adapter import Adapter, Delta
+from qlora_tools.adapters.adapter import Adapter, Delta, Part
 from qlora_tools.checkpoint.logical import LogicalCheckpoint
-from qlora_tools.engine.plan import Source
+from qlora_tools.engine.plan import Source, row_tiles
 from qlora_tools.errors import IncompatibleError, NonFiniteError
 from qlora_tools.manifest import read_manifest
 from qlora_tools.specs import TensorSpec
@@ -103,15 +103,10 @@ class MergedSource:
             return self._base.read(stored, rows)
         self._verify(name)
         alone = involved[0][0] if len(involved) == 1 and involved[0][1] == 1.0 else None
-        if alone and name in alone.replacements:
-            base = alone.replacements[name].read()
-            span, keep = None, rows
-        else:
-            span = None if _needs_all_rows(name, involved) else rows
-            base = self._base.read(stored, span)
-            keep = rows if span is None else None
+        span = None if _needs_all_rows(name, involved) else rows
+        base = alone.replacements[name].read(span) if alone and name in alone.replacements else self._base.read(stored, span)
         merged = _adapted(alone, name, base, span) if alone else _combined(involved, name, base, span)
-        return merged if keep is None else merged[keep[0] : keep[1]]
+        return merged if span == rows or rows is None else merged[rows[0] : rows[1]]
 
     def _verify(self, name: str) -> None:
         """Compare the base tensor's fingerprint with what the adapters were made for, once per tensor."""
@@ -139,7 +134,14 @@ def _changes_alike(adapter: Adapter, tied: str, owner: str) -> bool:
         return True
     first, second = adapter.replacements.get(tied), adapter.replacements.get(owner)
     others = (adapter.deltas.keys() | adapter.biases.keys() | adapter.token_rows.keys()) & {tied, owner}
-    return bool(first and second and not others) and torch.equal(first.read(), second.read())  # type: ignore[union-attr]
+    return first is not None and second is not None and not others and _equal(first, second)
+
+
+def _equal(first: Part, second: Part) -> bool:
+    """Whether two stored tensors hold the same values, compared in row tiles: they may be whole vocabularies."""
+    if first.spec.shape != second.spec.shape:
+        return False
+    return all(torch.equal(first.read(rows), second.read(rows)) for rows in row_tiles(first.spec))
 
 
 def _needs_all_rows(name: str, involved: Sequence[tuple[Adapter, float]]) -> bool:
@@ -165,7 +167,7 @@ def _adapted(adapter: Adapter, name: str, base: torch.Tensor, span: Rows, *, who
     """f(W) of one adapter for rows ``span``. ``base`` is already its replacement unless ``whole_is_base``."""
     result = base
     if whole_is_base and name in adapter.replacements:
-        result = _rows(adapter.replacements[name].read(), span)
+        result = adapter.replacements[name].read(span)
     if name in adapter.token_rows:
         result = _with_token_rows(result, adapter, name, span)
     if name in adapter.biases:

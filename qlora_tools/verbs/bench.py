@@ -68,7 +68,8 @@ def bench(
         raise UsageError("nothing to measure", hint="give exports, or make one with `qlt export`")
     for folder in folders:
         engine_of(folder, device)
-    settings = [setting_of(folder, device) for folder in folders]
+    ids, labels = unique_names(folders), short_labels(folders)
+    settings = [setting_of(folder, device, ids[folder], labels[folder]) for folder in folders]
     dest = output or next_run(Path("runs"))
     check_output(dest, force=force, inputs=folders)
     if dry_run:
@@ -79,24 +80,41 @@ def bench(
     else:
         try:
             reading = read_text(Path(reference), text, tokens=quality_tokens, context=context)
-            task = QualityTask(
-                PROBE, setting_of(Path(reference), device), probe_options(reading.corpus, reading.method, reading.windows)
-            )
+            judge = setting_of(Path(reference), device, ids.get(Path(reference), Path(reference).name), None)
+            task = QualityTask(PROBE, judge, probe_options(reading.corpus, reading.method, reading.windows))
             workload = replace(workload, ids=tuple(int(token) for window in reading.windows for token in window.ids)[: workload.longest])
         except MissingError as error:
             notes.append(f"Quality was not judged: {error}")
     record = run_bench(settings, workload, rounds=rounds, threads=threads or _cores(), quality=task, command=command, title=title, progress=progress)
-    record = _judged(replace(record, notes=(*record.notes, *notes), layers=tuple(layers)), Path(untuned).name if untuned else None)
+    record = _judged(replace(record, notes=(*record.notes, *notes), layers=tuple(layers)), ids.get(Path(untuned)) if untuned else None)
     _write(record, dest, force=force, inputs=folders)
     return BenchResult(dest, False, tuple(setting.id for setting in settings), task.reference.id if task else None, record)
 
 
-def setting_of(folder: Path, device: str) -> Setting:
-    """How ``folder`` is run, under its own name."""
+def setting_of(folder: Path, device: str, name: str, label: str | None) -> Setting:
+    """How ``folder`` is run; ``name`` tells it apart, ``label`` is what tables show."""
     engine, options = engine_of(folder, device)
     manifest = read_manifest(folder)
     scheme = str(manifest.command.get("scheme")) if manifest and manifest.command.get("scheme") else None
-    return Setting(id=folder.name, engine=engine, options=options, scheme=scheme, path=str(folder))
+    return Setting(id=name, engine=engine, options=options, scheme=scheme, path=str(folder), label=label)
+
+
+def unique_names(folders: Sequence[Path]) -> dict[Path, str]:
+    """Each folder's shortest tail that no other folder has: ``int8``, or ``run1/int8`` beside ``run2/int8``."""
+    parts = {folder: folder.resolve().parts for folder in folders}
+    depth = 1
+    while depth < max(map(len, parts.values())) and len({found[-depth:] for found in parts.values()}) < len(parts):
+        depth += 1
+    return {folder: "/".join(found[-depth:]) for folder, found in parts.items()}
+
+
+def short_labels(folders: Sequence[Path]) -> dict[Path, str]:
+    """Names without the words that all of them begin with: ``fp32`` and ``int8`` for ``base-tuned-r16-fp32`` and ``base-tuned-r16-int8``."""
+    words = {folder: name.split("-") for folder, name in unique_names(folders).items()}
+    shared = 0
+    while len(words) > 1 and all(len(found) > shared + 1 for found in words.values()) and len({found[shared] for found in words.values()}) == 1:
+        shared += 1
+    return {folder: "-".join(found[shared:]) for folder, found in words.items()}
 
 
 def layers_of(adapter: Path) -> list[Layer]:

@@ -15,6 +15,7 @@ from qlora_tools.manifest import read_manifest
 from qlora_tools.progress import SILENT, Progress
 from qlora_tools.quality.corpus import Corpus, Method, Window, python_reference, read_corpus, tokenize
 from qlora_tools.quality.divergence import divergence
+from qlora_tools.quality.intervals import perplexity_interval
 from qlora_tools.quality.perplexity import perplexity
 from qlora_tools.quality.probe import logits_of, quality_record
 
@@ -80,7 +81,7 @@ def evaluate(
         try:
             if reference is None:
                 found = perplexity(logits_of(engine), reading.windows, progress=progress, title=f"eval {folder.name}")
-                judged.append(Judged(str(name), found.value, None, {}))
+                judged.append(Judged(str(name), found.value, perplexity_interval(found.nll, found.tokens).bounds, {}))
             else:
                 result = divergence(logits_of(reference), logits_of(engine), reading.windows, progress=progress)
                 figures = quality_record(result, corpus={"name": reading.corpus.name, "sha256": reading.corpus.sha256}, method=reading.method.record())
