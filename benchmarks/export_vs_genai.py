@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 import venv
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,7 @@ def tokens_of(model: Path, windows: int) -> np.ndarray:
     if model.name == "model":
         return random
     import pydoc_data.topics
+
     from tokenizers import Tokenizer
 
     text = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
@@ -129,9 +131,9 @@ def tokens_of(model: Path, windows: int) -> np.ndarray:
     return np.asarray(ids[: windows * PROMPT], np.int64).reshape(windows, PROMPT)
 
 
-def timed(action) -> float:
+def timed(action: Callable, *arguments: np.ndarray) -> float:
     began = time.perf_counter()
-    action()
+    action(*arguments)
     return 1e3 * (time.perf_counter() - began)
 
 
@@ -141,8 +143,8 @@ def latency(work: Path, precision: str, ids: np.ndarray, options: argparse.Names
     found: dict = {phase: {tool: [] for tool in sessions} for phase in ("prefill_ms", "prefill_last_logits_ms", "decode_ms")}
     for turn in range(options.rounds + 2):
         for tool, session in sessions.items() if turn % 2 else reversed(sessions.items()):
-            rows = {"prefill_ms": timed(lambda: session.score(ids[:1])), "prefill_last_logits_ms": timed(lambda: session.prefill(ids[:1]))}
-            rows["decode_ms"] = median([timed(lambda: session.decode(ids[0, :1])) for _ in range(STEPS)])
+            rows = {"prefill_ms": timed(session.score, ids[:1]), "prefill_last_logits_ms": timed(session.prefill, ids[:1])}
+            rows["decode_ms"] = median([timed(session.decode, ids[0, :1]) for _ in range(STEPS)])
             for phase, value in rows.items() if turn >= 2 else ():
                 found[phase][tool].append(value)
     for session in sessions.values():
@@ -180,11 +182,15 @@ def verdict(result: dict) -> list[str]:
     lines = []
     for precision, found in result["exports"].items():
         faster, share = found["times_faster"]["median"], found["peak_share"]
-        lines.append(f"export {precision}: {faster:.1f} times faster (bar {BARS['export_times_faster']}), peak {share:.2f} of theirs (bar {BARS['export_peak_share']:.2f})")
+        lines.append(
+            f"export {precision}: {faster:.1f} times faster (bar {BARS['export_times_faster']}), peak {share:.2f} of theirs (bar {BARS['export_peak_share']:.2f})"
+        )
     for precision, found in result["graphs"].items():
         prefill, last, decode = (found[f"{phase}_times_faster"]["median"] for phase in ("prefill", "prefill_last_logits", "decode"))
         bar = f" (bars {BARS['prefill_times_faster']}, {BARS['decode_times_faster']}, {BARS['kl_share']})" if precision == "int8" else ""
-        lines.append(f"{precision} graph: prefill {prefill:.2f}x ({last:.2f}x with last logits only), decode {decode:.2f}x, KL {found['kl_share']['median']:.2f} of theirs{bar}")
+        lines.append(
+            f"{precision} graph: prefill {prefill:.2f}x ({last:.2f}x with last logits only), decode {decode:.2f}x, KL {found['kl_share']['median']:.2f} of theirs{bar}"
+        )
     return lines
 
 

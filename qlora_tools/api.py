@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qlora_tools.bench.record import Workload
     from qlora_tools.demo.flow import DemoResult, demo
     from qlora_tools.stages.extract import ExtractConfig
     from qlora_tools.verbs.bench import BenchResult, bench, layers_of
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from qlora_tools.verbs.quantize import QuantizeResult, quantize
 
 _HOMES = {
+    "qlora_tools.bench.record": ("Workload",),
     "qlora_tools.demo.flow": (
         "DemoResult",
         "demo",
@@ -60,6 +62,7 @@ _HOMES = {
     "qlora_tools.verbs.merge": (
         "MergeResult",
         "TensorRetention",
+    "Workload",
         "merge",
     ),
     "qlora_tools.verbs.quantize": (
@@ -83,6 +86,7 @@ __all__ = [
     "MergeResult",
     "QuantizeResult",
     "TensorRetention",
+    "Workload",
     "bench",
     "demo",
     "doctor",

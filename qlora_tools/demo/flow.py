@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora_tools.bench.record import Workload
 from qlora_tools.checkpoint.hub import resolve_model
 from qlora_tools.demo.pair import STANDARD, Pair, Recipe, make_pair
 from qlora_tools.errors import UsageError
@@ -24,6 +25,8 @@ from qlora_tools.verbs.merge import MergeResult, merge
 from qlora_tools.verbs.quantize import QuantizeResult, quantize
 
 EXPORTS = ("fp32", "int8", "int4")
+#: Enough samples for a p95, and no more: a demo should not take longer to measure than to train.
+QUICK = Workload(prompt_tokens=128, new_tokens=33, repeats=2, most_warmup=3)
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,8 @@ def demo(
         reference=tuned,
         untuned=base,
         text=text,
+        workload=QUICK,
+        quality_tokens=2048,
         rounds=rounds,
         threads=threads,
         layers=layers_of(adapter),

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from qlora_tools.engine.plan import Plan, Source
 from qlora_tools.engine.run import run
+from qlora_tools.errors import UnsupportedError
 from qlora_tools.export.external import ExternalWriter, place
 from qlora_tools.export.graph import DATA_FILE, build_graph
 from qlora_tools.export.layout import Layout, layout_of
@@ -23,6 +24,8 @@ from qlora_tools.models.decoder import Decoder, decoder_of
 from qlora_tools.progress import SILENT, Progress
 
 MODEL_FILE = "model.onnx"
+#: GroupQueryAttention's rotary part insists on it.
+HEAD_SIZE_STEP = 16
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,10 @@ def plan_export(source: Source, config: Mapping[str, Any], scheme: str, provider
     decoder = decoder_of(config)
     if f"{decoder.module('head')}.weight" in source.specs:
         decoder = replace(decoder, tied=False)  # a head of its own was trained, or merged, whatever the config says
+    if decoder.head_size % HEAD_SIZE_STEP:
+        raise UnsupportedError(
+            f"heads of {decoder.head_size} cannot be exported", hint=f"ONNX Runtime's attention operator takes multiples of {HEAD_SIZE_STEP}"
+        )
     chosen = scheme_of(scheme, provider)
     check_tensors(source, decoder)
     table_dtype = source.specs[f"{decoder.module('embedding')}.weight"].dtype

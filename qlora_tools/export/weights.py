@@ -62,15 +62,13 @@ def check_tensors(source: Source, decoder: Decoder) -> None:
                 )
 
 
-def checked(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` as it is.
+def finite(tensor: torch.Tensor) -> bool:
+    """No NaN and no infinity in it. One sum tells, unless it overflows."""
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
-    Raises:
-        NonFiniteError: it holds NaN or infinity.
-    """
-    if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
-        raise NonFiniteError(f"`{name}` holds NaN or infinity", hint="the checkpoint is damaged, or training diverged")
-    return tensor
+
+def _refuse(name: str) -> NonFiniteError:
+    return NonFiniteError(f"`{name}` holds NaN or infinity", hint="the checkpoint is damaged, or training diverged")
 
 
 def _rotary(decoder: Decoder) -> Iterator[Unit]:
@@ -84,7 +82,13 @@ def _rotary(decoder: Decoder) -> Iterator[Unit]:
 
 
 def _as_float(name: str, target: str) -> Callable[[torch.Tensor], Outcome]:
-    return lambda tensor: Outcome({target: checked(name, tensor).to(torch.float32)})
+    def widen(tensor: torch.Tensor) -> Outcome:
+        wide = tensor.to(torch.float32)
+        if not finite(wide):
+            raise _refuse(name)
+        return Outcome({target: wide})
+
+    return widen
 
 
 def _matrix(source: Source, matrix: Matrix) -> Iterator[Unit]:
@@ -107,7 +111,16 @@ def _matrix(source: Source, matrix: Matrix) -> Iterator[Unit]:
 
 
 def _encoding(matrix: Matrix, weight: str) -> Callable[[torch.Tensor], Outcome]:
-    return lambda tensor: Outcome(matrix.format.encode(matrix.name, checked(weight, tensor)))
+    def encode(tensor: torch.Tensor) -> Outcome:
+        try:
+            parts = matrix.format.encode(matrix.name, tensor)
+        except NonFiniteError as error:
+            raise _refuse(weight) from error
+        if not all(finite(part) for part in parts.values() if part.is_floating_point()):
+            raise _refuse(weight)
+        return Outcome(parts)
+
+    return encode
 
 
 def _zeros(name: str, rows: int) -> Callable[[], Outcome]:

@@ -39,9 +39,7 @@ def bench(
     reference: str | Path | None = None,
     untuned: str | Path | None = None,
     text: Path | None = None,
-    prompt_tokens: int = 128,
-    new_tokens: int = 65,
-    batch: int = 1,
+    workload: Workload | None = None,
     rounds: int = 3,
     threads: int | None = None,
     quality_tokens: int = 4096,
@@ -57,7 +55,7 @@ def bench(
 ) -> BenchResult:
     """Measure ``models`` (exports and checkpoints), each in fresh processes.
 
-    ``reference``: the folder that KL, agreement and the perplexity ratio refer to; without one quality is left out.
+    ``workload``: what each is asked to do, by default 128 tokens in and 65 out. ``reference``: the folder that KL, agreement and the perplexity ratio refer to; without one quality is left out.
     ``untuned``: one of ``models`` that is the base before fine-tuning; the others then show how much of the gain they keep.
 
     Raises:
@@ -74,7 +72,7 @@ def bench(
     check_output(dest, force=force, inputs=folders)
     if dry_run:
         return BenchResult(dest, True, tuple(setting.id for setting in settings), Path(reference).name if reference else None, None)
-    workload, task, notes = Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch), None, []
+    workload, task, notes = workload or Workload(), None, []
     if reference is None:
         notes.append("Quality was not judged: there is no reference.")
     else:

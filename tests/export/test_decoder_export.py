@@ -193,6 +193,12 @@ def test_unknown_schemes_and_providers_are_refused():
         plan_export(tiny.source, tiny.config, "int8", "cuda")
 
 
+def test_a_head_size_that_the_attention_operator_does_not_take_is_refused():
+    tiny = build("llama", head_dim=24)
+    with pytest.raises(UnsupportedError, match="heads of 24"):
+        plan_export(tiny.source, tiny.config, "fp32")
+
+
 def test_a_head_the_source_holds_is_exported_even_if_the_config_ties(tmp_path):
     tiny = build("llama")
     planned = plan_export(tiny.source, {**tiny.config, "tie_word_embeddings": True}, "fp32")

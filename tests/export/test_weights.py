@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from qlora_tools.engine import plan as plans
+from qlora_tools.errors import NonFiniteError
 from qlora_tools.export.decoder_export import plan_export, write_graph
 from qlora_tools.export.external import place
-from qlora_tools.export.weights import checked
+from qlora_tools.export.weights import finite
 from tests.export.tiny_decoders import build
 
 
@@ -47,6 +48,30 @@ def test_every_tensor_of_the_decoder_is_read_once_and_nothing_else():
     assert sorted(read) == sorted(tiny.source.tensors)
 
 
-def test_large_finite_values_whose_sum_overflows_are_no_error():
-    huge = torch.full((1000,), 3e38)
-    assert checked("w", huge) is huge
+def test_values_whose_sum_overflows_are_finite_and_nan_and_infinity_are_not():
+    for dtype in (torch.float32, torch.bfloat16):
+        huge = torch.full((1000,), 3e38, dtype=dtype)
+        assert finite(huge)
+        for wrong in (torch.nan, torch.inf, -torch.inf):
+            huge[7] = wrong
+            assert not finite(huge)
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("scheme", ["fp32", "int8", "int4"])
+def test_nan_and_infinity_are_refused_wherever_they_stand(wrong, scheme, tmp_path):
+    tiny = build("qwen2", hidden_size=576, intermediate_size=576, num_attention_heads=9, num_key_value_heads=3, num_hidden_layers=1)
+    planned = plan_export(tiny.source, tiny.config, scheme)
+    for name in (
+        "model.embed_tokens.weight",
+        "model.layers.0.self_attn.q_proj.weight",
+        "model.layers.0.mlp.up_proj.weight",
+        "model.layers.0.self_attn.q_proj.bias",
+        "model.norm.weight",
+    ):
+        unit = next(unit for unit in planned.plan.units if unit.reads and unit.reads[0].name == name)
+        tensor = tiny.source.tensors[name].clone()
+        tensor.view(-1)[5] = wrong
+        with pytest.raises(NonFiniteError, match=name):
+            unit.apply(tensor)
+        unit.apply(tiny.source.tensors[name])

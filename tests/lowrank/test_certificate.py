@@ -39,6 +39,16 @@ def test_optimum_is_never_above_what_lapack_says(rank: int) -> None:
         assert certificate.optimum == pytest.approx(best, abs=1e-6)
 
 
+def test_an_estimated_optimum_lies_below_the_true_one_by_less_than_its_gap() -> None:
+    delta = weights(500, 700)
+    found = truncated_svd(delta, 2, seed=0)
+    certificate = certify(delta, found, found.factors)
+    values = torch.linalg.svdvals(delta.double()).square()
+    best = float((values[2:].sum() / values.sum()).sqrt())
+    assert not certificate.optimum_is_exact and certificate.gap > 1e-6
+    assert best - certificate.gap <= certificate.optimum < best <= certificate.error + 1e-7
+
+
 def test_a_smaller_cut_has_its_own_error_and_optimum() -> None:
     delta = weights()
     found = truncated_svd(delta, 16, seed=0)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 import torch
 
+from qlora_tools.export.formats.format import encode_in_slabs
 from qlora_tools.export.nodes import Nodes
 from qlora_tools.quant.blockwise import Grid, dequantize_blocks, quantize_blocks
 from qlora_tools.specs import TensorSpec
@@ -49,8 +50,11 @@ class Blocks:
         if not self.zeros:
             codes, scale_OB = quantize_blocks(w_OI, self._grid, name=name)
             return {name: codes, f"{name}.scale": scale_OB}
-        codes, scale_OB, zero_OB = _encode_with_zeros(w_OI.to(torch.float32), self.bits, self.block)
-        return {name: codes, f"{name}.scale": scale_OB, f"{name}.zero": zero_OB}
+
+        def slab(rows_OI: torch.Tensor) -> dict[str, torch.Tensor]:
+            return dict(zip((name, f"{name}.scale", f"{name}.zero"), _encode_with_zeros(rows_OI, self.bits, self.block), strict=True))
+
+        return encode_in_slabs(w_OI, self.parts(name, *w_OI.shape), slab)
 
     def decode(self, name: str, parts: Mapping[str, torch.Tensor], columns: int) -> torch.Tensor:
         scale_OB = parts[f"{name}.scale"]
@@ -83,11 +87,12 @@ class Blocks:
 def _encode_with_zeros(w_OI: torch.Tensor, bits: int, block: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes, scales and zero points: all levels between each block's smallest and largest value, zero among them."""
     rows, columns = w_OI.shape
-    w_OBI = torch.nn.functional.pad(w_OI, (0, -columns % block)).reshape(rows, -1, block)
+    padding = -columns % block
+    w_OBI = (torch.nn.functional.pad(w_OI, (0, padding)) if padding else w_OI).reshape(rows, -1, block)
     low_OB, high_OB = w_OBI.amin(-1).clamp(max=0.0), w_OBI.amax(-1).clamp(min=0.0)
     last = 2**bits - 1
     scale_OB = (high_OB - low_OB) / last
-    scale_OB = torch.where(scale_OB > 0, scale_OB, torch.ones_like(scale_OB))
+    scale_OB = torch.where(scale_OB == 0, torch.ones_like(scale_OB), scale_OB)
     zero_OB = (-low_OB / scale_OB).round()
     codes = (w_OBI / scale_OB[..., None]).round_().add_(zero_OB[..., None]).clamp_(0, last).to(torch.uint8)
     return _packed(codes, bits), scale_OB, _packed(zero_OB.to(torch.uint8), bits)

@@ -27,6 +27,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from qlora_tools.export.formats.format import encode_in_slabs
 from qlora_tools.export.nodes import Nodes
 from qlora_tools.specs import TensorSpec
 
@@ -56,10 +57,15 @@ class Digits:
         return tuple(specs)
 
     def encode(self, name: str, w_OI: torch.Tensor) -> dict[str, torch.Tensor]:
-        parts: dict[str, torch.Tensor] = {}
-        for group, piece_OI in enumerate(w_OI.to(torch.float32).split(self.groups(w_OI.shape[1]), dim=1)):
-            parts |= dict(zip(_part_names(name, group), _encode_group(piece_OI), strict=True))
-        return parts
+        groups = self.groups(w_OI.shape[1])
+
+        def slab(rows_OI: torch.Tensor) -> dict[str, torch.Tensor]:
+            parts: dict[str, torch.Tensor] = {}
+            for group, piece_OI in enumerate(rows_OI.split(groups, dim=1)):
+                parts |= dict(zip(_part_names(name, group), _encode_group(piece_OI), strict=True))
+            return parts
+
+        return encode_in_slabs(w_OI, self.parts(name, *w_OI.shape), slab)
 
     def decode(self, name: str, parts: Mapping[str, torch.Tensor], columns: int) -> torch.Tensor:
         pieces = []
@@ -108,14 +114,14 @@ def _part_names(name: str, group: int) -> tuple[str, str, str]:
 
 
 def _encode_group(w_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes int8 [O, I], scale fp32 [O], zero int8 [O]: 256 levels from the row's smallest to its largest value, zero among them."""
+    """Codes [O, I], scale and zero [O], whole numbers still in fp32: 256 levels from the row's smallest to its largest value, zero among them."""
     low_O = w_OI.amin(1).clamp(max=0.0)
     high_O = w_OI.amax(1).clamp(min=0.0)
     scale_O = (high_O - low_O) / 255
-    scale_O = torch.where(scale_O > 0, scale_O, torch.ones_like(scale_O))
+    scale_O = torch.where(scale_O == 0, torch.ones_like(scale_O), scale_O)
     zero_O = (-128 - low_O / scale_O).round()
     codes_OI = (w_OI / scale_O[:, None]).round_().add_(zero_O[:, None]).clamp_(-128, 127)
-    return codes_OI.to(torch.int8), scale_O, zero_O.to(torch.int8)
+    return codes_OI, scale_O, zero_O
 
 
 def _cut(nodes: Nodes, digits: ir.Value, widths: tuple[int, ...]) -> tuple[ir.Value, ...]:

@@ -6,7 +6,7 @@ has O as its first axis, so that packed projections are written as row ranges an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 import onnx_ir as ir
@@ -21,7 +21,10 @@ class WeightFormat(Protocol):
         """Specs of the tensors that carry the weight ``name`` of shape [rows, columns]; axis 0 of each is rows."""
 
     def encode(self, name: str, w_OI: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The parts of some rows of the weight, given in any float dtype without NaN or infinity; rounded once, from fp32."""
+        """The parts of some rows of the weight, given in any float dtype; rounded once, from fp32.
+
+        NaN or infinity in the weight shows in a floating part, or raises NonFiniteError.
+        """
 
     def decode(self, name: str, parts: Mapping[str, torch.Tensor], columns: int) -> torch.Tensor:
         """What the graph computes with, fp32 [rows, columns]."""
@@ -31,3 +34,18 @@ class WeightFormat(Protocol):
 
     def gather(self, nodes: Nodes, ids_T: ir.Value, name: str, columns: int) -> ir.Value:
         """Nodes that look rows up: int64 [T] -> [T, I]."""
+
+
+#: Weights encoded at once: small enough that the scratch of every step stays in a core's cache.
+_SLAB_ELEMENTS = 1 << 17
+
+
+def encode_in_slabs(w_OI: torch.Tensor, specs: Iterable[TensorSpec], encode: Callable[[torch.Tensor], Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """``encode`` over a few rows at a time, in fp32, into parts of the given specs. For rules that treat each row by itself."""
+    parts = {spec.name: torch.empty(spec.shape, dtype=spec.torch_dtype) for spec in specs}
+    rows, columns = w_OI.shape
+    step = max(1, _SLAB_ELEMENTS // max(columns, 1))
+    for start in range(0, rows, step):
+        for name, piece in encode(w_OI[start : start + step].to(torch.float32)).items():
+            parts[name][start : start + step] = piece
+    return parts
