@@ -41,7 +41,9 @@ def measure(module: str, arguments: Sequence[str], *, python: str = sys.executab
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
         began = time.perf_counter()
-        done = subprocess.run([python, "-c", _CHILD, str(report), module, *map(str, arguments)], capture_output=True, text=True, env=environment, cwd=cwd, check=False)
+        done = subprocess.run(
+            [python, "-c", _CHILD, str(report), module, *map(str, arguments)], capture_output=True, text=True, env=environment, cwd=cwd, check=False
+        )
         wall = time.perf_counter() - began
         measured = json.loads(report.read_text()) if report.exists() else {"peak_bytes": None, "cpu_s": None}
     return {"wall_s": wall, **measured, "returncode": done.returncode, "stderr": done.stderr[-2000:]}
@@ -67,7 +69,12 @@ def machine() -> dict:
     model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), [])
     memory = int(Path("/proc/meminfo").read_text().split("MemTotal:")[1].split()[0]) * 1024
-    return {"cpu": model, "cores": os.cpu_count(), "memory_bytes": memory, "isa": [flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8") if flag in flags]}
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "memory_bytes": memory,
+        "isa": [flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8") if flag in flags],
+    }
 
 
 def versions(*names: str) -> dict:

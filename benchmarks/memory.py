@@ -53,7 +53,9 @@ def main() -> None:
                 found = measure("qlora_tools.cli", [word.format(base=base, adapter=adapter, out=out) for word in words] + ["-q"], cwd=work)
                 size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) if out.exists() else None
                 rows.append({"verb": name, "layers": depth, "output_bytes": size, **found})
-                print(f"{name:<28} {depth:>3} layers  {found['wall_s']:7.1f} s  peak {(found['peak_bytes'] or 0) / 1e9:5.2f} GB  exit {found['returncode']} {found['stderr'][-300:]}")
+                print(
+                    f"{name:<28} {depth:>3} layers  {found['wall_s']:7.1f} s  peak {(found['peak_bytes'] or 0) / 1e9:5.2f} GB  exit {found['returncode']} {found['stderr'][-300:]}"
+                )
                 shutil.rmtree(out, ignore_errors=True)
             shutil.rmtree(base)
             shutil.rmtree(adapter)

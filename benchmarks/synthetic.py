@@ -45,12 +45,19 @@ def specs_of(config: dict) -> list[TensorSpec]:
     """Tensor specs of a Llama checkpoint with this config, in bf16."""
     hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     key_value = config["num_key_value_heads"] * config["head_dim"]
-    rows = {"self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (key_value, hidden), "self_attn.v_proj": (key_value, hidden), "self_attn.o_proj": (hidden, hidden)}
+    rows = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (key_value, hidden),
+        "self_attn.v_proj": (key_value, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+    }
     rows |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
     rows |= {"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,)}
     specs = [TensorSpec("model.embed_tokens.weight", "BF16", (vocab, hidden)), TensorSpec("model.norm.weight", "BF16", (hidden,))]
     specs += [] if config["tie_word_embeddings"] else [TensorSpec("lm_head.weight", "BF16", (vocab, hidden))]
-    return specs + [TensorSpec(f"model.layers.{layer}.{name}.weight", "BF16", shape) for layer in range(config["num_hidden_layers"]) for name, shape in rows.items()]
+    return specs + [
+        TensorSpec(f"model.layers.{layer}.{name}.weight", "BF16", shape) for layer in range(config["num_hidden_layers"]) for name, shape in rows.items()
+    ]
 
 
 def seeded(name: str, salt: int) -> torch.Generator:
@@ -91,7 +98,11 @@ def write_adapter(dest: Path, base_folder: Path, rank: int) -> None:
     """A PEFT LoRA adapter with alpha == rank on every linear of the base."""
     base = open_checkpoint(base_folder)
     pairs = {name.removesuffix(".weight"): spec for name, spec in base.specs.items() if name.split(".")[-2] in TARGETS}
-    specs = [TensorSpec(f"base_model.model.{module}.lora_{side}.weight", "BF16", shape) for module, spec in pairs.items() for side, shape in (("A", (rank, spec.shape[1])), ("B", (spec.shape[0], rank)))]
+    specs = [
+        TensorSpec(f"base_model.model.{module}.lora_{side}.weight", "BF16", shape)
+        for module, spec in pairs.items()
+        for side, shape in (("A", (rank, spec.shape[1])), ("B", (spec.shape[0], rank)))
+    ]
     dest.mkdir(parents=True)
     from qlora_tools.checkpoint.writer import SafetensorsWriter
 
@@ -99,7 +110,16 @@ def write_adapter(dest: Path, base_folder: Path, rank: int) -> None:
     for spec in specs:
         writer.write(spec.name, torch.randn(spec.shape, generator=seeded(spec.name, 2)).mul_(0.01).to(torch.bfloat16))
     writer.close()
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "target_modules": list(TARGETS), "lora_dropout": 0.0, "bias": "none", "inference_mode": True}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": list(TARGETS),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }
     (dest / "adapter_config.json").write_text(json.dumps(config, indent=2))
 
 

@@ -62,7 +62,6 @@ _HOMES = {
     "qlora_tools.verbs.merge": (
         "MergeResult",
         "TensorRetention",
-    "Workload",
         "merge",
     ),
     "qlora_tools.verbs.quantize": (

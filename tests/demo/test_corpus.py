@@ -94,7 +94,12 @@ def test_a_topic_that_only_repeats_others_disappears(small_is_enough):
 def test_digest_sees_texts_and_sides():
     make = corpus.Corpus
     a, b = Document("a", "x"), Document("b", "y")
-    digests = {make("code", (a,), (b,)).sha256(), make("code", (b,), (a,)).sha256(), make("code", (a,), ()).sha256(), make("code", (Document("a", "z"),), (b,)).sha256()}
+    digests = {
+        make("code", (a,), (b,)).sha256(),
+        make("code", (b,), (a,)).sha256(),
+        make("code", (a,), ()).sha256(),
+        make("code", (Document("a", "z"),), (b,)).sha256(),
+    }
     assert len(digests) == 4
     assert make("code", (), ()).sha256() == hashlib.sha256().hexdigest()
 

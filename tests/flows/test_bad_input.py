@@ -10,7 +10,6 @@ import subprocess
 import sys
 
 import pytest
-
 from safetensors.torch import load_file, save_file
 
 from tests.flows.conftest import files
@@ -125,7 +124,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(here, llama, tuned, adapter,
     )
     assert done.returncode == 5, done.stderr
     assert "error: " in done.stderr and "hint: free some space" in done.stderr and "Traceback" not in done.stderr
-    assert files(here) == set() and not [path for path in here.rglob("*.partial")]
+    assert files(here) == set() and not list(here.rglob("*.partial"))
 
 
 @pytest.mark.parametrize("verb", ["quantize", "extract", "merge", "export"])

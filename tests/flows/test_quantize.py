@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 
 from qlora_tools.checkpoint.logical import open_checkpoint
 from qlora_tools.manifest import read_manifest, sha256_file
-
 from tests.conftest import build_llama
 from tests.flows.conftest import files
 
