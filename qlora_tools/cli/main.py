@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import importlib
 import json
 import os
@@ -68,6 +69,7 @@ def group() -> None:
 def main() -> NoReturn:
     """Entry point of the ``qlt`` command."""
     signal.signal(signal.SIGTERM, _terminate)
+    gc.set_threshold(200_000)  # importing torch makes objects that live on; collecting them every 700 costs 0.3 s a start
     arguments = sys.argv[1:]
     try:
         group.main(arguments, prog_name="qlt", standalone_mode=False)

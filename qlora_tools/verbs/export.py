@@ -6,20 +6,22 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_tools.checkpoint.folder import check_output, output_folder, seal
 from qlora_tools.engine.plan import Source
 from qlora_tools.errors import UsageError
 from qlora_tools.export.decoder_export import plan_export, write_graph
 from qlora_tools.export.genai import write_genai_config
-from qlora_tools.export.parity import Parity, check_parity
 from qlora_tools.manifest import Manifest, canonical_json
 from qlora_tools.names import slug
 from qlora_tools.progress import SILENT, Progress
 from qlora_tools.verbs.merging import open_merged
 from qlora_tools.verbs.opening import copy_side_files, describe_input, folder_name, open_model, plain_config
 from qlora_tools.verbs.quantize import codec_for
+
+if TYPE_CHECKING:
+    from qlora_tools.export.parity import Parity
 
 SCHEMES = ("fp32", "int8", "int4", "nf4")
 
@@ -89,6 +91,8 @@ def export(
             copy_side_files(drawn.side_files, folder)
             write_genai_config(planned, drawn.config, folder)
             if verify:
+                from qlora_tools.export.parity import check_parity  # brings ONNX Runtime with it
+
                 parity = check_parity(planned, drawn.source, drawn.config, folder, progress=progress)
             command = {"verb": "export", "scheme": scheme, "carried": planned.scheme.carried, "device": provider, "merged": len(adapters)}
             seal(folder, Manifest("export", command, inputs=drawn.inputs, report={"parity": asdict(parity) if parity else None}))

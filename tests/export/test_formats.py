@@ -79,7 +79,7 @@ def test_onnxruntime_multiplies_with_the_decoded_weight(name, tmp_path):
         assert distance(found - bias, x.astype(np.float64) @ carried.numpy().astype(np.float64).T) <= max(ERRORS[name][1], 1e-6) * (3 if columns < 32 else 1.5)
 
 
-@pytest.mark.parametrize("name", ["dense", "int8 blocks", "int4 blocks", "digits", "digits in groups"])
+@pytest.mark.parametrize("name", ["dense", "int8 blocks", "int8 blocks with zeros", "int4 blocks", "digits", "digits in groups"])
 def test_onnxruntime_looks_up_the_decoded_rows(name, tmp_path):
     for number, (rows, columns) in enumerate([(9, 64), (33, 96), (7, 80)]):
         ids = np.array([0, rows - 1, 3, 3], np.int64)

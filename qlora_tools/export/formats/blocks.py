@@ -70,12 +70,12 @@ class Blocks:
         return nodes.contrib("MatMulNBits", x_TI, *weight, *[None] * (4 - len(weight)), bias, **options)
 
     def gather(self, nodes: Nodes, ids_T: ir.Value, name: str, columns: int) -> ir.Value:
-        """The scales are named a second time with a third axis, which this operator wants; their bytes are the same."""
-        assert not self.zeros, "tables are stored without zero points"
+        """Scales and zero points are named a second time with a third axis, which this operator wants; their bytes are the same."""
+        assert self.bits == 8 or not self.zeros, "packed zero points of several blocks cannot be seen as one per block"
         rows, blocks = nodes.shape(f"{name}.scale")
-        scale = nodes.stored(f"{name}.scale", (rows, blocks, 1))
+        grid = [nodes.stored(f"{name}{part}", (rows, blocks, 1)) for part in (".scale", ".zero")[: 2 if self.zeros else 1]]
         options = {"bits": self.bits, "block_size": self.block, "gather_axis": 0, "quantize_axis": 2}
-        found = nodes.contrib("GatherBlockQuantized", nodes.stored(name), ids_T, scale, **options)
+        found = nodes.contrib("GatherBlockQuantized", nodes.stored(name), ids_T, *grid, **options)
         flat = nodes.op("Reshape", found, nodes.constant([-1, blocks * self.block]))
         return flat if columns == blocks * self.block else nodes.op("Slice", flat, nodes.constant([0]), nodes.constant([columns]), nodes.constant([1]))
 
