@@ -23,7 +23,7 @@ class Muon:
     """Orthogonalized Nesterov momentum over ``matrices`` (2-D, fp32); ``dtype`` is what the iteration computes in."""
 
     def __init__(
-        self, matrices: Sequence[torch.Tensor], *, dtype: torch.dtype = torch.float32, momentum: float = 0.95, weight_decay: float = 0.01, iterations: int = 5
+        self, matrices: Sequence[torch.Tensor], *, dtype: torch.dtype = torch.float32, momentum: float = 0.85, weight_decay: float = 0.01, iterations: int = 5
     ) -> None:
         self._matrices = list(matrices)
         self._velocity = [torch.zeros_like(matrix) for matrix in self._matrices]

@@ -60,11 +60,11 @@ class Recipe:
 STANDARD = Recipe(
     vocab_size=4096,
     hidden=256,
-    layers=4,
+    layers=3,
     heads=4,
     kv_heads=2,
     feed_forward=704,
-    pretrain=Schedule(steps=450, batch=4, context=256, kind="muon", rate=1e-2, matrix_rate=2e-2),
+    pretrain=Schedule(steps=560, batch=4, context=256, kind="muon", rate=4e-2, matrix_rate=3e-2),
     finetune=Schedule(steps=150, batch=4, context=256, rate=3e-4),
 )
 """About a minute on two cores."""

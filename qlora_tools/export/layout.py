@@ -95,7 +95,7 @@ def layout_of(decoder: Decoder, scheme: Scheme, table_dtype: str) -> Layout:
     norms = [name for name in decoder.expected_shapes() if name.rpartition(".")[0] in _norm_modules(decoder)]
     shapes = decoder.expected_shapes()
     if decoder.tied:
-        embedding = head = matrix("head", ("embedding",))
+        embedding = head = matrix("head", ("embedding",), form=scheme.tied(*decoder.linear_shape("head")))
     else:
         embedding = matrix("embedding", ("embedding",), form=scheme.table(table_dtype))
         head = matrix("head", ("head",))

@@ -137,8 +137,6 @@ def _references(
     """(dense, carried) logits, laid out like :func:`_run_graph`'s."""
     model = _reference_model(decoder, config)
     parameters = dict(model.named_parameters())
-    matrices = list(layout.matrices())
-    named = {f"{module}.weight": matrix for matrix in matrices for module in matrix.modules}
     for name in decoder.expected_shapes():
         parameters[name].copy_(_rows(source, name, parameters[name]))
     dense = _logits(model, ids_BT)
@@ -146,8 +144,7 @@ def _references(
     if export.scheme.carried == "fp32":
         advance()
         return dense, dense
-    for name, matrix in named.items():
-        parameters[name].copy_(_carried(matrix, parameters[name]))
+    _carry(model, decoder, layout)
     carried = _logits(model, ids_BT)
     advance()
     return dense, carried
@@ -183,8 +180,20 @@ def _rows(source: Source, name: str, like: torch.Tensor) -> torch.Tensor:
     return source.read(name, None if whole else (0, like.shape[0])).to(torch.float32)
 
 
-def _carried(matrix: Matrix, weight: torch.Tensor) -> torch.Tensor:
-    return matrix.format.decode("w", matrix.format.encode("w", weight.detach()), weight.shape[1])
+def _carry(model: Any, decoder: Decoder, layout: Layout) -> None:
+    """Replace the model's weights by what the graph carries. A tied table is untied: it may be looked up more exactly than it is multiplied."""
+    parameters = dict(model.named_parameters())
+    if decoder.tied:
+        model.lm_head.weight = torch.nn.Parameter(parameters[f"{decoder.module('embedding')}.weight"].clone(), requires_grad=False)
+        model.lm_head.weight.copy_(_carried(layout.head, model.lm_head.weight, looked_up=False))
+    for matrix in layout.matrices():
+        for module in matrix.modules:
+            weight = parameters[f"{module}.weight"]
+            weight.copy_(_carried(matrix, weight, looked_up=matrix is layout.embedding))
+
+
+def _carried(matrix: Matrix, weight: torch.Tensor, *, looked_up: bool) -> torch.Tensor:
+    return matrix.format.decode("w", matrix.format.encode("w", weight.detach()), weight.shape[1], looked_up=looked_up)
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ is carried as int8 there.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qlora_tools.errors import UnsupportedError
 from qlora_tools.export.formats.blocks import Blocks
@@ -39,6 +39,11 @@ class Scheme:
         if role in ("qkv", "output") or (role != "head" and rows * columns < SMALL):
             return Blocks(8, zeros=True)
         return Digits()
+
+    def tied(self, rows: int, columns: int) -> WeightFormat:
+        """Format of one table that is both embedding and head."""
+        form = self.linear("head", rows, columns)
+        return replace(form, remainder=True) if isinstance(form, Digits) else form
 
     def packs_feed(self, rows: int, columns: int) -> bool:
         """Whether gate and up are one matrix. Two spare the two-digit format a copy that costs more than the node it saves."""

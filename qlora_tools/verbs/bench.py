@@ -19,7 +19,7 @@ from qlora_tools.manifest import Manifest, read_manifest
 from qlora_tools.progress import SILENT, Progress
 from qlora_tools.quality.probe import PROBE, probe_options
 from qlora_tools.quality.ranking import comparisons, with_retention
-from qlora_tools.verbs.evaluate import engine_of, read_text
+from qlora_tools.verbs.evaluate import engine_of, positions_of, read_text
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ def bench(
     if dry_run:
         return BenchResult(dest, True, tuple(setting.id for setting in settings), Path(reference).name if reference else None, None)
     workload, task, notes = workload or Workload(), None, []
+    _check_room(folders, workload)
     if reference is None:
         notes.append("Quality was not judged: there is no reference.")
     else:
@@ -87,6 +88,15 @@ def bench(
     record = _judged(replace(record, notes=(*record.notes, *notes), layers=tuple(layers)), ids.get(Path(untuned)) if untuned else None)
     _write(record, dest, force=force, inputs=folders)
     return BenchResult(dest, False, tuple(setting.id for setting in settings), task.reference.id if task else None, record)
+
+
+def _check_room(folders: Sequence[Path], workload: Workload) -> None:
+    for folder in folders:
+        room = positions_of(folder)
+        if room is not None and workload.longest > room:
+            raise UsageError(
+                f"{folder} has {room} positions, {workload.prompt_tokens} + {workload.new_tokens} tokens were asked for", hint="lower --prompt or --new"
+            )
 
 
 def setting_of(folder: Path, device: str, name: str, label: str | None) -> Setting:

@@ -10,6 +10,7 @@ from typing import Any
 
 from qlora_tools.bench.engine import locate
 from qlora_tools.checkpoint.hub import resolve_model
+from qlora_tools.checkpoint.reader import read_json
 from qlora_tools.errors import IncompatibleError, MissingError
 from qlora_tools.manifest import read_manifest
 from qlora_tools.progress import SILENT, Progress
@@ -110,14 +111,14 @@ def engine_of(folder: Path, device: str = "auto") -> tuple[str, dict[str, Any]]:
         return ONNX_ENGINE, {"folder": str(folder), "device": manifest.command.get("device", "cpu") if manifest else "cpu"}
     if not (folder / "config.json").exists():
         raise MissingError(f"{folder} is neither a checkpoint nor an export", hint="run `qlt inspect` on it")
-    from qlora_tools.checkpoint.reader import read_json
-
     quantized = "quantization_config" in read_json(folder / "config.json")
     return TORCH_ENGINE, {"path": str(folder), "dtype": "stored" if quantized else "fp32", "device": "cpu" if device == "auto" else device}
 
 
 def read_text(folder: Path, text: Path | None, *, tokens: int, context: int) -> Reading:
     """``text`` (default: the held-out part of Python's language reference) through the tokenizer in ``folder``.
+
+    Windows are no longer than the model's own context.
 
     Raises:
         MissingError: no tokenizer there.
@@ -128,9 +129,16 @@ def read_text(folder: Path, text: Path | None, *, tokens: int, context: int) -> 
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     corpus = read_corpus(text) if text else python_reference()
-    method = Method(context=context, max_tokens=tokens)
+    method = Method(context=min(context, positions_of(folder) or context), max_tokens=tokens)
     windows = tokenize(corpus, lambda content: tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"], method)
     return Reading(corpus, method, windows)
+
+
+def positions_of(folder: Path) -> int | None:
+    """How many positions a model has, from its config.json; ``None`` where that does not say."""
+    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    found = config.get("max_position_embeddings", config.get("n_positions"))
+    return found if isinstance(found, int) else None
 
 
 def _same_tokenizer(folders: Sequence[Path]) -> None:

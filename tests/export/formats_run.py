@@ -34,4 +34,4 @@ def run_format(folder, form, w_OI: torch.Tensor, *, x_TI=None, ids_T=None, bias_
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3
     session = ort.InferenceSession(folder / "one.onnx", options, providers=["CPUExecutionProvider"])
-    return session.run(None, {"x": x_TI if ids_T is None else ids_T})[0], form.decode("w", parts, columns)
+    return session.run(None, {"x": x_TI if ids_T is None else ids_T})[0], form.decode("w", parts, columns, looked_up=ids_T is not None)

@@ -19,6 +19,7 @@ FORMATS = {
     "int4 blocks with zeros": Blocks(4, zeros=True),
     "digits": Digits(),
     "digits in groups": Digits(longest_group=64),
+    "digits with remainder": Digits(longest_group=128, remainder=True),
 }
 #: Relative rounding error of the weight (Gaussian), and of the product on top of it, that each format may have.
 ERRORS = {
@@ -29,6 +30,7 @@ ERRORS = {
     "int4 blocks with zeros": (0.09, 0.007),
     "digits": (0.0075, 3e-4),
     "digits in groups": (0.006, 3e-4),
+    "digits with remainder": (0.0065, 3e-4),
 }
 SHAPES = [(8, 64), (33, 96), (7, 75), (130, 200), (1, 1), (5, 17)]
 
@@ -79,7 +81,7 @@ def test_onnxruntime_multiplies_with_the_decoded_weight(name, tmp_path):
         assert distance(found - bias, x.astype(np.float64) @ carried.numpy().astype(np.float64).T) <= max(ERRORS[name][1], 1e-6) * (3 if columns < 32 else 1.5)
 
 
-@pytest.mark.parametrize("name", ["dense", "int8 blocks", "int8 blocks with zeros", "int4 blocks", "digits", "digits in groups"])
+@pytest.mark.parametrize("name", ["dense", "int8 blocks", "int8 blocks with zeros", "int4 blocks", "digits", "digits in groups", "digits with remainder"])
 def test_onnxruntime_looks_up_the_decoded_rows(name, tmp_path):
     for number, (rows, columns) in enumerate([(9, 64), (33, 96), (7, 80)]):
         ids = np.array([0, rows - 1, 3, 3], np.int64)
@@ -92,6 +94,13 @@ def test_a_table_keeps_the_checkpoints_bf16_bit_for_bit(tmp_path):
     ids = np.arange(20, dtype=np.int64)
     found, _ = run_format(tmp_path / "t", Dense(stored="BF16"), w, ids_T=ids)
     assert np.array_equal(found, w.float().numpy())
+
+
+def test_a_remainder_makes_lookups_two_hundred_times_finer():
+    form, w = FORMATS["digits with remainder"], gaussian(64, 256)
+    parts = form.encode("w", w)
+    multiplied, looked_up = (distance(form.decode("w", parts, 256, looked_up=wanted), w) for wanted in (False, True))
+    assert looked_up < multiplied / 200
 
 
 @pytest.mark.parametrize("name", FORMATS)

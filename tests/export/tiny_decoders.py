@@ -83,10 +83,16 @@ def carry(tiny: Tiny, planned) -> Tiny:
 
     model = copy.deepcopy(tiny.model)
     parameters = dict(model.named_parameters())
+
+    def carried(matrix, weight, looked_up=False):
+        return matrix.format.decode("w", matrix.format.encode("w", weight), weight.shape[1], looked_up=looked_up)
+
+    if planned.decoder.tied:
+        model.lm_head.weight = torch.nn.Parameter(carried(planned.layout.head, model.lm_head.weight.detach().clone()), requires_grad=False)
     for matrix in planned.layout.matrices():
         for module in matrix.modules:
             weight = parameters[f"{module}.weight"]
-            weight.copy_(matrix.format.decode("w", matrix.format.encode("w", weight.detach()), weight.shape[1]))
+            weight.copy_(carried(matrix, weight.detach(), looked_up=matrix is planned.layout.embedding))
     return Tiny(model, tiny.source, tiny.config)
 
 

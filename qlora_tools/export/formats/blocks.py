@@ -56,7 +56,7 @@ class Blocks:
 
         return encode_in_slabs(w_OI, self.parts(name, *w_OI.shape), slab)
 
-    def decode(self, name: str, parts: Mapping[str, torch.Tensor], columns: int) -> torch.Tensor:
+    def decode(self, name: str, parts: Mapping[str, torch.Tensor], columns: int, *, looked_up: bool = False) -> torch.Tensor:
         scale_OB = parts[f"{name}.scale"]
         if not self.zeros:
             return dequantize_blocks(parts[name], scale_OB, self._grid, columns)

@@ -25,7 +25,7 @@ class Dense:
     def encode(self, name: str, w_OI: torch.Tensor) -> dict[str, torch.Tensor]:
         return {name: w_OI.to(dtype(self.stored).torch)}
 
-    def decode(self, name: str, parts: Mapping[str, torch.Tensor], columns: int) -> torch.Tensor:
+    def decode(self, name: str, parts: Mapping[str, torch.Tensor], columns: int, *, looked_up: bool = False) -> torch.Tensor:
         return parts[name].to(torch.float32)
 
     def multiply(self, nodes: Nodes, x_TI: ir.Value, name: str, rows: int, columns: int, bias: ir.Value | None = None) -> ir.Value:

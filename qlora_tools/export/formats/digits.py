@@ -14,8 +14,11 @@ it is computed with. Digits are stored with zero point 64 in unsigned bytes and 
 A scale for a whole row gets coarser as rows get longer, so columns are cut into groups of at most
 ``longest_group``, each with its own scale and zero point per row.
 
-Parts, for each group g of inputs: ``name.g`` I8 [O, I_g], ``name.g.scale`` F32 [O], ``name.g.zero`` I8 [O];
-w = scale * (code - zero).
+With ``remainder`` a table that is looked up as well as multiplied (a tied embedding) keeps what rounding left of
+it in a second byte. Only ``gather`` reads it, row by row, so it costs room in the file and next to nothing in memory.
+
+Parts, for each group g of inputs: ``name.g`` I8 [O, I_g], ``name.g.scale`` F32 [O], ``name.g.zero`` I8 [O], and
+``name.g.rest`` I8 [O, I_g] if asked for; w = scale * (code - zero), looked up + scale / 254 * rest.
 """
 
 from __future__ import annotations
@@ -34,6 +37,8 @@ from qlora_tools.specs import TensorSpec
 _LARGEST = 63
 _RATIO = 126
 _ZERO = 64
+#: What rounding leaves is at most half a step, which 127 levels of this size cover.
+_REST_STEP = 1 / 254
 _TINY = 1e-30
 
 
@@ -42,6 +47,7 @@ class Digits:
     """``QGemm`` on two digits per activation; ``gather`` dequantizes looked-up rows."""
 
     longest_group: int = 1024
+    remainder: bool = False
 
     def groups(self, columns: int) -> tuple[int, ...]:
         """Columns in each group: as equal as multiples of 64 allow."""
@@ -52,8 +58,9 @@ class Digits:
     def parts(self, name: str, rows: int, columns: int) -> tuple[TensorSpec, ...]:
         specs: list[TensorSpec] = []
         for group, width in enumerate(self.groups(columns)):
-            codes, scale, zero = _part_names(name, group)
+            codes, scale, zero, rest = _part_names(name, group)
             specs += TensorSpec(codes, "I8", (rows, width)), TensorSpec(scale, "F32", (rows,)), TensorSpec(zero, "I8", (rows,))
+            specs += [TensorSpec(rest, "I8", (rows, width))] if self.remainder else []
         return tuple(specs)
 
     def encode(self, name: str, w_OI: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -62,16 +69,20 @@ class Digits:
         def slab(rows_OI: torch.Tensor) -> dict[str, torch.Tensor]:
             parts: dict[str, torch.Tensor] = {}
             for group, piece_OI in enumerate(rows_OI.split(groups, dim=1)):
-                parts |= dict(zip(_part_names(name, group), _encode_group(piece_OI), strict=True))
+                parts |= dict(zip(_part_names(name, group), _encode_group(piece_OI, self.remainder), strict=False))
             return parts
 
         return encode_in_slabs(w_OI, self.parts(name, *w_OI.shape), slab)
 
-    def decode(self, name: str, parts: Mapping[str, torch.Tensor], columns: int) -> torch.Tensor:
+    def decode(self, name: str, parts: Mapping[str, torch.Tensor], columns: int, *, looked_up: bool = False) -> torch.Tensor:
         pieces = []
         for group in range(len(self.groups(columns))):
-            codes, scale, zero = (parts[part].to(torch.float32) for part in _part_names(name, group))
-            pieces.append((codes - zero[:, None]) * scale[:, None])
+            names = _part_names(name, group)
+            codes, scale, zero = (parts[part].to(torch.float32) for part in names[:3])
+            piece = (codes - zero[:, None]) * scale[:, None]
+            if looked_up and self.remainder:
+                piece += parts[names[3]].to(torch.float32) * (scale * _REST_STEP)[:, None]
+            pieces.append(piece)
         return torch.cat(pieces, dim=1)
 
     def multiply(self, nodes: Nodes, x_TI: ir.Value, name: str, rows: int, columns: int, bias: ir.Value | None = None) -> ir.Value:
@@ -81,7 +92,7 @@ class Digits:
         pieces = nodes.once(f"groups {widths}", digits, lambda: _cut(nodes, digits, widths))
         sums = []
         for group, piece in enumerate(pieces):
-            weight = [nodes.stored(part) for part in _part_names(name, group)]
+            weight = [nodes.stored(part) for part in _part_names(name, group)[:3]]
             sums.append(nodes.contrib("QGemm", piece, step, nodes.constant(_ZERO, np.uint8), *weight, transB=1))
         both = sums[0] if len(sums) == 1 else nodes.op("Sum", *sums)
         pair = nodes.op("Reshape", both, nodes.constant([2, -1]))
@@ -92,8 +103,14 @@ class Digits:
     def gather(self, nodes: Nodes, ids_T: ir.Value, name: str, columns: int) -> ir.Value:
         found = []
         for group in range(len(self.groups(columns))):
-            codes, scale, zero = (nodes.op("Gather", nodes.stored(part), ids_T, axis=0) for part in _part_names(name, group))
-            found.append(nodes.op("DequantizeLinear", codes, scale, zero, axis=0))
+            names = _part_names(name, group)
+            codes, scale, zero = (nodes.op("Gather", nodes.stored(part), ids_T, axis=0) for part in names[:3])
+            piece = nodes.op("DequantizeLinear", codes, scale, zero, axis=0)
+            if self.remainder:
+                rest = nodes.op("Gather", nodes.stored(names[3]), ids_T, axis=0)
+                step = nodes.op("Mul", scale, nodes.constant(_REST_STEP, np.float32))
+                piece = nodes.op("Add", piece, nodes.op("DequantizeLinear", rest, step, axis=0))
+            found.append(piece)
         return found[0] if len(found) == 1 else nodes.op("Concat", *found, axis=1)
 
 
@@ -109,19 +126,26 @@ def _split(nodes: Nodes, x_TI: ir.Value) -> tuple[ir.Value, ir.Value]:
     return nodes.op("Concat", lead, nodes.op("QuantizeLinear", rest, small_step, zero), axis=0), unit
 
 
-def _part_names(name: str, group: int) -> tuple[str, str, str]:
-    return f"{name}.{group}", f"{name}.{group}.scale", f"{name}.{group}.zero"
+def _part_names(name: str, group: int) -> tuple[str, str, str, str]:
+    return f"{name}.{group}", f"{name}.{group}.scale", f"{name}.{group}.zero", f"{name}.{group}.rest"
 
 
-def _encode_group(w_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes [O, I], scale and zero [O], whole numbers still in fp32: 256 levels from the row's smallest to its largest value, zero among them."""
+def _encode_group(w_OI: torch.Tensor, remainder: bool) -> tuple[torch.Tensor, ...]:
+    """Codes [O, I], scale and zero [O] (and the rest [O, I]), whole numbers still in fp32.
+
+    256 levels from the row's smallest to its largest value, zero among them.
+    """
     low_O = w_OI.amin(1).clamp(max=0.0)
     high_O = w_OI.amax(1).clamp(min=0.0)
     scale_O = (high_O - low_O) / 255
     scale_O = torch.where(scale_O == 0, torch.ones_like(scale_O), scale_O)
     zero_O = (-128 - low_O / scale_O).round()
-    codes_OI = (w_OI / scale_O[:, None]).round_().add_(zero_O[:, None]).clamp_(-128, 127)
-    return codes_OI, scale_O, zero_O
+    steps_OI = w_OI / scale_O[:, None]
+    codes_OI = steps_OI.round().add_(zero_O[:, None]).clamp_(-128, 127)
+    if not remainder:
+        return codes_OI, scale_O, zero_O
+    rest_OI = steps_OI.sub_(codes_OI).add_(zero_O[:, None]).div_(_REST_STEP).round_().clamp_(-127, 127)
+    return codes_OI, scale_O, zero_O, rest_OI
 
 
 def _cut(nodes: Nodes, digits: ir.Value, widths: tuple[int, ...]) -> tuple[ir.Value, ...]:

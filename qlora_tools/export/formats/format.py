@@ -26,8 +26,8 @@ class WeightFormat(Protocol):
         NaN or infinity in the weight shows in a floating part, or raises NonFiniteError.
         """
 
-    def decode(self, name: str, parts: Mapping[str, torch.Tensor], columns: int) -> torch.Tensor:
-        """What the graph computes with, fp32 [rows, columns]."""
+    def decode(self, name: str, parts: Mapping[str, torch.Tensor], columns: int, *, looked_up: bool = False) -> torch.Tensor:
+        """What the graph multiplies with, or what it looks up, fp32 [rows, columns]."""
 
     def multiply(self, nodes: Nodes, x_TI: ir.Value, name: str, rows: int, columns: int, bias: ir.Value | None = None) -> ir.Value:
         """Nodes for ``x @ w.T + bias``: [T, I] -> [T, O]."""
@@ -36,8 +36,8 @@ class WeightFormat(Protocol):
         """Nodes that look rows up: int64 [T] -> [T, I]."""
 
 
-#: Weights encoded at once: small enough that the scratch of every step stays in a core's cache.
-_SLAB_ELEMENTS = 1 << 17
+#: Weights encoded at once: scratch of a few MB, and steps long enough that threads do not wait for the interpreter.
+_SLAB_ELEMENTS = 1 << 20
 
 
 def encode_in_slabs(w_OI: torch.Tensor, specs: Iterable[TensorSpec], encode: Callable[[torch.Tensor], Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
