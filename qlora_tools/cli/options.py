@@ -43,6 +43,11 @@ class Shared:
     screen: Screen
     session: Session
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The keywords that every verb which writes takes."""
+        return {"output": self.output, "force": self.force, "device": self.device, "dry_run": self.dry_run, "progress": self.screen.progress}
+
     def base_and_adapters(self, base: str | None, adapters: list[tuple[str, float]]) -> tuple[str, list[tuple[str, float]]]:
         """The flags, or what the session remembers in their place; says on standard error what it picked up."""
         picked = []

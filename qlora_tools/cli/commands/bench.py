@@ -61,12 +61,8 @@ def command(
         threads=threads,
         quality_tokens=tokens,
         layers=[layer for folder, _ in known.get("adapters") or [] for layer in api.layers_of(Path(folder))] if not models else (),
-        output=common.output,
-        force=common.force,
-        device=common.device,
-        dry_run=common.dry_run,
         command=["qlt", *sys.argv[1:]],
-        progress=common.screen.progress,
+        **common.arguments,
     )
     if result.record is not None:
         show(common.screen, result.record)

@@ -47,11 +47,7 @@ def command(
         onto=onto,
         scheme=scheme or "fp32",
         verify=verify,
-        output=common.output,
-        force=common.force,
-        device=common.device,
-        dry_run=common.dry_run,
-        progress=common.screen.progress,
+        **common.arguments,
     )
     screen = common.screen
     if result.note:

@@ -49,11 +49,7 @@ def command(common: Shared, base: str, tuned: str, rank: str | None, drop: tuple
         base=base,
         tuned=tuned,
         config=config,
-        output=common.output,
-        force=common.force,
-        device=common.device,
-        dry_run=common.dry_run,
-        progress=common.screen.progress,
+        **common.arguments,
     )
     screen = common.screen
     if result.report is None:

@@ -34,11 +34,7 @@ def command(common: Shared, base: str | None, adapters: tuple[str, ...], scheme:
         adapters=chosen,
         scheme=scheme,
         onto=onto,
-        output=common.output,
-        force=common.force,
-        device=common.device,
-        dry_run=common.dry_run,
-        progress=common.screen.progress,
+        **common.arguments,
     )
     screen = common.screen
     screen.say(f"{plural(result.changed_tensors, 'tensor')} changed, merged onto the {result.onto} weights, {megabytes(result.stored_bytes)}")

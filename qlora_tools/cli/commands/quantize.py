@@ -32,11 +32,7 @@ def command(common: Shared, model: str, scheme: str | None, block_size: str, dou
         scheme=scheme or "nf4",
         block_size=int(block_size),
         double_quant=double_quant,
-        output=common.output,
-        force=common.force,
-        device=common.device,
-        dry_run=common.dry_run,
-        progress=common.screen.progress,
+        **common.arguments,
     )
     screen = common.screen
     screen.say(f"{result.quantized_tensors} linears to {result.scheme} at {result.bits_per_weight:.3f} bits per weight, {result.copied_tensors} tensors copied")
