@@ -1,7 +1,7 @@
 """The README's tables, generated from the committed results so that text and numbers cannot drift apart.
 
-    python benchmarks/tables.py            # rewrite README.md between its markers
-    python benchmarks/tables.py --check    # exit 1 if it would change
+python benchmarks/tables.py            # rewrite README.md between its markers
+python benchmarks/tables.py --check    # exit 1 if it would change
 """
 
 from __future__ import annotations
@@ -38,25 +38,63 @@ def peers() -> str:
     if found := result("extract_vs_mergekit"):
         walls = {name: [run[name]["wall_s"] for run in found["runs"]] for name in ("qlt", "mergekit")}
         peaks = {name: max(run[name]["peak_bytes"] for run in found["runs"]) / 1e6 for name in ("qlt", "mergekit")}
-        rows.append(["extract, 350 M, rank 16: time", f"{median(walls['qlt']):.1f} s", f"{median(walls['mergekit']):.0f} s (mergekit)", f"{interval(found['times_faster'])} x faster", ">= 20"])
+        rows.append(
+            [
+                "extract, 350 M, rank 16: time",
+                f"{median(walls['qlt']):.1f} s",
+                f"{median(walls['mergekit']):.0f} s (mergekit)",
+                f"{interval(found['times_faster'])} x faster",
+                ">= 20",
+            ]
+        )
         rows.append(["… peak memory", f"{peaks['qlt']:.0f} MB", f"{peaks['mergekit']:.0f} MB", f"{found['peak_share']:.2f} of theirs", "<= 0.5"])
-        rows.append(["… error above the optimum", f"{found['error_above_optimum']['qlt']:.1e}", f"{found['error_above_optimum']['mergekit']:.1e}", "", "<= 1e-4"])
+        rows.append(
+            ["… error above the optimum", f"{found['error_above_optimum']['qlt']:.1e}", f"{found['error_above_optimum']['mergekit']:.1e}", "", "<= 1e-4"]
+        )
     if found := result("quantize_speed"):
         for row in found["rows"]:
             if row["operation"] == "quantize" and row["shape"] in ([4096, 4096], [11008, 4096]) and row["threads"] == 1:
                 low, high = row["ratio_ci95"]
-                rows.append([f"NF4 + DQ, {row['shape'][0]} x {row['shape'][1]}, bytes equal, 1 thread", f"{row['ours_ms']:.0f} ms", f"{row['theirs_ms']:.0f} ms (bitsandbytes)", f"{row['ratio']:.1f} [{low:.1f}, {high:.1f}] x faster", ">= 10"])
+                rows.append(
+                    [
+                        f"NF4 + DQ, {row['shape'][0]} x {row['shape'][1]}, bytes equal, 1 thread",
+                        f"{row['ours_ms']:.0f} ms",
+                        f"{row['theirs_ms']:.0f} ms (bitsandbytes)",
+                        f"{row['ratio']:.1f} [{low:.1f}, {high:.1f}] x faster",
+                        ">= 10",
+                    ]
+                )
     if found := result("export_vs_genai"):
         for scheme, item in found["exports"].items():
             ours, theirs = (median(item["wall_s"][side]) for side in ("ours", "theirs"))
-            rows.append([f"export {scheme}, 350 M: time", f"{ours:.1f} s", f"{theirs:.1f} s (genai builder)", f"{interval(item['times_faster'])} x faster", ">= 3"])
+            rows.append(
+                [f"export {scheme}, 350 M: time", f"{ours:.1f} s", f"{theirs:.1f} s (genai builder)", f"{interval(item['times_faster'])} x faster", ">= 3"]
+            )
             ours, theirs = (median(item["peak_bytes"][side]) / 1e6 for side in ("ours", "theirs"))
             rows.append(["… peak memory", f"{ours:.0f} MB", f"{theirs:.0f} MB", f"{item['peak_share']:.2f} of theirs", "<= 0.33"])
         for scheme, item in found["graphs"].items():
             bar = {"prefill": ">= 1.5", "decode": ">= 1.0", "kl": "<= 1.0"} if scheme == "int8" else dict.fromkeys(("prefill", "decode", "kl"), "")
-            rows.append([f"{scheme} graph, 350 M: prefill of 128 tokens", f"{item['prefill_ms']['ours']:.0f} ms", f"{item['prefill_ms']['theirs']:.0f} ms", f"{interval(item['prefill_times_faster'])} x faster", bar["prefill"]])
-            rows.append(["… decode step", f"{item['decode_ms']['ours']:.1f} ms", f"{item['decode_ms']['theirs']:.1f} ms", f"{interval(item['decode_times_faster'])} x faster", bar["decode"]])
-            rows.append(["… KL to fp32", f"{item['kl_mean']['ours']:.1e}", f"{item['kl_mean']['theirs']:.1e}", f"{interval(item['kl_share'])} of theirs", bar["kl"]])
+            rows.append(
+                [
+                    f"{scheme} graph, 350 M: prefill of 128 tokens",
+                    f"{item['prefill_ms']['ours']:.0f} ms",
+                    f"{item['prefill_ms']['theirs']:.0f} ms",
+                    f"{interval(item['prefill_times_faster'])} x faster",
+                    bar["prefill"],
+                ]
+            )
+            rows.append(
+                [
+                    "… decode step",
+                    f"{item['decode_ms']['ours']:.1f} ms",
+                    f"{item['decode_ms']['theirs']:.1f} ms",
+                    f"{interval(item['decode_times_faster'])} x faster",
+                    bar["decode"],
+                ]
+            )
+            rows.append(
+                ["… KL to fp32", f"{item['kl_mean']['ours']:.1e}", f"{item['kl_mean']['theirs']:.1e}", f"{interval(item['kl_share'])} of theirs", bar["kl"]]
+            )
     return table(["what", "qlt", "peer", "ratio [95 %]", "wanted"], rows)
 
 
@@ -68,7 +106,10 @@ def memory() -> str:
     depths = sorted({row["layers"] for row in found["rows"]})
     verbs = list(dict.fromkeys(row["verb"] for row in found["rows"]))
     cells = {(row["verb"], row["layers"]): row for row in found["rows"]}
-    return table([f"peak RSS, {found['shape']} shape", *(f"{depth} layers" for depth in depths)], [[f"`qlt {verb}`", *(f"{cells[verb, depth]['peak_bytes'] / 1e9:.2f} GB" for depth in depths)] for verb in verbs])
+    return table(
+        [f"peak RSS, {found['shape']} shape", *(f"{depth} layers" for depth in depths)],
+        [[f"`qlt {verb}`", *(f"{cells[verb, depth]['peak_bytes'] / 1e9:.2f} GB" for depth in depths)] for verb in verbs],
+    )
 
 
 def commands() -> str:

@@ -54,23 +54,15 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_bytes(canonical_json(config))
 
 
-def pack(tokenizer: Tokenizer, documents: Iterable[Document], limit: int | None = None) -> list[int]:
-    """Token ids of the documents in the given order, each closed by :data:`EOS_ID`; stops after about ``limit`` tokens."""
+def pack(tokenizer: Tokenizer, documents: Iterable[Document]) -> list[int]:
+    """Token ids of the documents in the given order, each closed by :data:`EOS_ID`."""
     ids: list[int] = []
-    for batch in _batches(list(documents), 64):
-        for encoding in tokenizer.encode_batch([document.text for document in batch], add_special_tokens=False):
-            ids.extend(encoding.ids)
-            ids.append(EOS_ID)
-        if limit is not None and len(ids) >= limit:
-            return ids[:limit]
+    for encoding in tokenizer.encode_batch_fast([document.text for document in documents], add_special_tokens=False):
+        ids.extend(encoding.ids)
+        ids.append(EOS_ID)
     return ids
 
 
 def _sample(documents: list[Document], sample_bytes: int) -> Iterator[str]:
     share = max(sample_bytes // max(len(documents), 1), 1)
     return (document.text[: 2 * share] for document in documents)
-
-
-def _batches(documents: list[Document], count: int) -> Iterator[list[Document]]:
-    for start in range(0, len(documents), count):
-        yield documents[start : start + count]

@@ -35,7 +35,7 @@ def build_graph(decoder: Decoder, layout: Layout, specs: Mapping[str, TensorSpec
     nodes = Nodes(specs, offsets, DATA_FILE)
     inputs, pasts = _inputs(decoder)
     ids, mask, keep = inputs[0], inputs[1], inputs[-1]
-    lengths = _lengths(nodes, ids, mask, decoder)
+    lengths = _lengths(nodes, ids, mask)
     normed, residual = _embed(nodes, decoder, layout, ids)
     presents: list[ir.Value] = []
     for index, layer in enumerate(layout.layers):
@@ -78,14 +78,13 @@ def _inputs(decoder: Decoder) -> tuple[list[ir.Value], list[tuple[ir.Value, ir.V
     return [ids, mask, *(value for pair in pasts for value in pair), keep], pasts
 
 
-def _lengths(nodes: Nodes, ids: ir.Value, mask: ir.Value, decoder: Decoder) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """Computed once for all layers: last valid position int32 [B], total length int32 scalar, [B, S, query width] as a shape."""
+def _lengths(nodes: Nodes, ids: ir.Value, mask: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Computed once for all layers: last valid position int32 [B], total length int32 scalar, the shape (B, S)."""
     with nodes.scope("lengths"):
         last = nodes.op("Sub", nodes.op("ReduceSum", mask, nodes.constant([1]), keepdims=0), nodes.constant([1]))
         total = nodes.op("Gather", nodes.op("Shape", mask), nodes.constant(1), axis=0)
-        batch_sequence = nodes.op("Shape", ids)
-        to_int = ir.DataType.INT32
-        return nodes.op("Cast", last, to=to_int), nodes.op("Cast", total, to=to_int), batch_sequence
+        narrow = ir.DataType.INT32
+        return nodes.op("Cast", last, to=narrow), nodes.op("Cast", total, to=narrow), nodes.op("Shape", ids)
 
 
 def _embed(nodes: Nodes, decoder: Decoder, layout: Layout, ids: ir.Value) -> tuple[ir.Value, ir.Value]:

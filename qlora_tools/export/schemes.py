@@ -2,7 +2,9 @@
 
 The choices rest on ``benchmarks/cpu_kernels.py``: on CPUs with 8-bit dot products the two-digit format runs
 prefill several times faster than ``MatMulNBits`` at the same error; a small matrix is better off with the
-single node. ``MatMulBnb4`` is never used on the CPU: it dequantizes the whole matrix on every call, so ``nf4``
+single node. Attention's matrices stay in blocks of 32 with zero points: the rounding of a weight is the same for
+every token, attention does not average it away as it does the rounding of activations, and with one scale per row
+these few matrices would make most of the divergence. ``MatMulBnb4`` is never used on the CPU: it dequantizes the whole matrix on every call, so ``nf4``
 is carried as int8 there.
 """
 

@@ -13,6 +13,7 @@ from qlora_tools.engine.plan import Outcome, Plan, Read, Source, Unit, Write, ro
 from qlora_tools.errors import IncompatibleError, MissingError, NonFiniteError
 from qlora_tools.export.graph import COS, SIN
 from qlora_tools.export.layout import Layout, Matrix
+from qlora_tools.finite import is_finite, refuse_non_finite
 from qlora_tools.models.decoder import Decoder
 from qlora_tools.names import nearest
 from qlora_tools.specs import TensorSpec
@@ -62,15 +63,6 @@ def check_tensors(source: Source, decoder: Decoder) -> None:
                 )
 
 
-def finite(tensor: torch.Tensor) -> bool:
-    """No NaN and no infinity in it. One sum tells, unless it overflows."""
-    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
-
-
-def _refuse(name: str) -> NonFiniteError:
-    return NonFiniteError(f"`{name}` holds NaN or infinity", hint="the checkpoint is damaged, or training diverged")
-
-
 def _rotary(decoder: Decoder) -> Iterator[Unit]:
     for start in range(0, decoder.max_positions, _ROTARY_ROWS):
         stop = min(start + _ROTARY_ROWS, decoder.max_positions)
@@ -83,10 +75,8 @@ def _rotary(decoder: Decoder) -> Iterator[Unit]:
 
 def _as_float(name: str, target: str) -> Callable[[torch.Tensor], Outcome]:
     def widen(tensor: torch.Tensor) -> Outcome:
-        wide = tensor.to(torch.float32)
-        if not finite(wide):
-            raise _refuse(name)
-        return Outcome({target: wide})
+        refuse_non_finite(name, tensor)
+        return Outcome({target: tensor.to(torch.float32)})
 
     return widen
 
@@ -114,10 +104,12 @@ def _encoding(matrix: Matrix, weight: str) -> Callable[[torch.Tensor], Outcome]:
     def encode(tensor: torch.Tensor) -> Outcome:
         try:
             parts = matrix.format.encode(matrix.name, tensor)
-        except NonFiniteError as error:
-            raise _refuse(weight) from error
-        if not all(finite(part) for part in parts.values() if part.is_floating_point()):
-            raise _refuse(weight)
+        except NonFiniteError:
+            refuse_non_finite(weight, tensor)  # under the checkpoint's name, not the graph's
+            raise
+        if not all(is_finite(part) for part in parts.values() if part.is_floating_point()):
+            refuse_non_finite(weight, tensor)
+            raise NonFiniteError(f"`{weight}` overflows in the form this scheme stores", hint="export it with --fp32")
         return Outcome(parts)
 
     return encode

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from qlora_tools.errors import UnsupportedError, UsageError
-from qlora_tools.quant.floats import bit_patterns, in_threads, refuse_non_finite
+from qlora_tools.finite import refuse_non_finite
+from qlora_tools.quant.floats import bit_patterns, in_threads
 from qlora_tools.quant.kernels import CLEARLY, TINY, quantize_grid, quantize_rows
 
 # Reciprocal scales tried where a block's extreme value is +1. Negative ones put it on the long side of the grid. The plain one is

@@ -1,4 +1,4 @@
-"""Floats as the kernels take them: bit patterns, tiles, worker threads; and the refusal of NaN and infinity."""
+"""Floats as the kernels take them: bit patterns, tiles, worker threads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from qlora_tools.errors import NonFiniteError, UnsupportedError
+from qlora_tools.errors import UnsupportedError
 from qlora_tools.quant import kernels
 
 TILE_ELEMENTS = 1 << 20  # tiles of fp32 scratch stay inside a core's cache
@@ -36,24 +36,6 @@ def refuse_non_float(tensor: torch.Tensor) -> None:
     """Raises UnsupportedError for whole numbers and 8-bit floats."""
     if tensor.dtype not in _KINDS and tensor.dtype != torch.float64:
         raise UnsupportedError(f"cannot quantize {tensor.dtype} values", hint="quantization starts from bf16, fp16 or fp32 weights")
-
-
-def refuse_non_finite(name: str, tensor: torch.Tensor, *, row: int = 0) -> None:
-    """Count and locate NaN and infinity in a tensor in which a kernel met one. ``row`` is where ``tensor`` starts along axis 0.
-
-    Raises:
-        NonFiniteError: there is at least one.
-    """
-    wrong = ~torch.isfinite(tensor)
-    count = int(wrong.sum())
-    if count:
-        first = [int(position) for position in wrong.nonzero()[0]]
-        if first:
-            first[0] += row
-        raise NonFiniteError(
-            f"{name or 'tensor'}: {count} of {tensor.numel()} values are NaN or infinite, the first at index {first}",
-            hint="the weights are damaged or overflowed during training or merging; check the source checkpoint",
-        )
 
 
 def tiles(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from qlora_tools.errors import CorruptError, NonFiniteError, UnsupportedError
+from qlora_tools.finite import refuse_non_finite
 from qlora_tools.names import split_tensor
-from qlora_tools.quant.floats import TILE_ELEMENTS, bit_patterns, in_threads, refuse_non_finite, refuse_non_float, tiles
+from qlora_tools.quant.floats import TILE_ELEMENTS, bit_patterns, in_threads, refuse_non_float, tiles
 from qlora_tools.quant.kernels import quantize_rows
 from qlora_tools.specs import TensorSpec
 

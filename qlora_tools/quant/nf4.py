@@ -25,7 +25,8 @@ from typing import ClassVar
 import torch
 
 from qlora_tools.errors import CorruptError, UnsupportedError, UsageError
-from qlora_tools.quant.floats import TILE_ELEMENTS, bit_patterns, in_threads, refuse_non_finite
+from qlora_tools.finite import refuse_non_finite
+from qlora_tools.quant.floats import TILE_ELEMENTS, bit_patterns, in_threads
 from qlora_tools.quant.kernels import NF4_LEVELS, NF4_MIDPOINTS, TINY, dequantize_nf4, quantize_nf4
 from qlora_tools.quant.quant_state import BLOCKSIZES, NESTED_BLOCKSIZE, QuantState, read_state, stored_length, write_state
 from qlora_tools.specs import TensorSpec

@@ -45,6 +45,13 @@ def test_the_test_command_is_what_ci_runs():
 
 
 def test_nothing_names_a_machine_or_a_registry():
-    for path in [*ROOT.glob("*.md"), *ROOT.glob("*.toml"), *ROOT.glob("*.txt"), ROOT / "Makefile", *(ROOT / "benchmarks").rglob("*.json"), *(ROOT / "benchmarks").rglob("*.md")]:
+    for path in [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("*.toml"),
+        *ROOT.glob("*.txt"),
+        ROOT / "Makefile",
+        *(ROOT / "benchmarks").rglob("*.json"),
+        *(ROOT / "benchmarks").rglob("*.md"),
+    ]:
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"/(?:root|home|tmp)/|file://|https?://(?!docs\.python\.org)", text), path

@@ -40,7 +40,6 @@ def test_same_text_gives_the_same_file(tmp_path, tokenizer):
     assert json.loads(again.to_str()) == json.loads(tokenizer.to_str())
 
 
-def test_packed_documents_each_end_with_eos_and_stop_at_the_limit(tokenizer):
-    ids = pack(tokenizer, DOCUMENTS[:3])
-    assert ids.count(EOS_ID) == 3 and ids[-1] == EOS_ID
-    assert pack(tokenizer, DOCUMENTS, limit=17) == pack(tokenizer, DOCUMENTS)[:17]
+def test_packed_documents_come_in_order_and_each_ends_with_eos(tokenizer):
+    expected = [token for document in DOCUMENTS[:3] for token in [*tokenizer.encode(document.text).ids, EOS_ID]]
+    assert pack(tokenizer, DOCUMENTS[:3]) == expected

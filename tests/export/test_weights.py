@@ -7,7 +7,7 @@ from qlora_tools.engine import plan as plans
 from qlora_tools.errors import NonFiniteError
 from qlora_tools.export.decoder_export import plan_export, write_graph
 from qlora_tools.export.external import place
-from qlora_tools.export.weights import finite
+from qlora_tools.finite import is_finite
 from tests.export.tiny_decoders import build
 
 
@@ -51,10 +51,10 @@ def test_every_tensor_of_the_decoder_is_read_once_and_nothing_else():
 def test_values_whose_sum_overflows_are_finite_and_nan_and_infinity_are_not():
     for dtype in (torch.float32, torch.bfloat16):
         huge = torch.full((1000,), 3e38, dtype=dtype)
-        assert finite(huge)
+        assert is_finite(huge)
         for wrong in (torch.nan, torch.inf, -torch.inf):
             huge[7] = wrong
-            assert not finite(huge)
+            assert not is_finite(huge)
 
 
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])

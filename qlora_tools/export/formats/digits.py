@@ -39,7 +39,6 @@ _RATIO = 126
 _ZERO = 64
 #: What rounding leaves is at most half a step, which 127 levels of this size cover.
 _REST_STEP = 1 / 254
-_TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -115,15 +114,17 @@ class Digits:
 
 
 def _split(nodes: Nodes, x_TI: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """(digits uint8 [2T, I], largest magnitude of each token [T, 1])."""
+    """(digits uint8 [2T, I], largest magnitude of each token [T, 1]).
+
+    A token of zeros is divided by zero; whatever digits come of that, their product is finite and is multiplied by zero.
+    """
     zero = nodes.constant(_ZERO, np.uint8)
     step, small_step = nodes.constant(1 / _LARGEST, np.float32), nodes.constant(1 / _LARGEST / _RATIO, np.float32)
     largest = nodes.op("ReduceMax", nodes.op("Abs", x_TI), axes=[1], keepdims=1)
-    unit = nodes.op("Max", largest, nodes.constant(_TINY, np.float32))
-    scaled = nodes.op("Div", x_TI, unit)
+    scaled = nodes.op("Div", x_TI, largest)
     lead = nodes.op("QuantizeLinear", scaled, step, zero)
     rest = nodes.op("Sub", scaled, nodes.op("DequantizeLinear", lead, step, zero))
-    return nodes.op("Concat", lead, nodes.op("QuantizeLinear", rest, small_step, zero), axis=0), unit
+    return nodes.op("Concat", lead, nodes.op("QuantizeLinear", rest, small_step, zero), axis=0), largest
 
 
 def _part_names(name: str, group: int) -> tuple[str, str, str, str]:
