@@ -27,5 +27,13 @@ format: .venv/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Side by side with the other tools, which get an environment of their own. About 40 minutes.
+bench-peers: .venv/installed
+	$(BIN)/python benchmarks/quantize_speed.py
+	$(BIN)/python benchmarks/extract_vs_mergekit.py
+	$(BIN)/python benchmarks/export_vs_genai.py --pairs 5
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/tables.py
+
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache
