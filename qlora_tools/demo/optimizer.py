@@ -58,11 +58,14 @@ def orthogonalized(x_NOI: torch.Tensor, iterations: int = 5) -> torch.Tensor:
     return x_NOI
 
 
-def optimizer_step(named: Sequence[tuple[str, torch.Tensor]], *, kind: str, rate: float, matrix_rate: float, dtype: torch.dtype) -> Callable[[float], None]:
-    """A function of the schedule's factor in [0, 1] that updates the fp32 tensors of ``named`` from their ``grad``.
+def optimizer_jobs(
+    named: Sequence[tuple[str, torch.Tensor]], *, kind: str, rate: float, matrix_rate: float, dtype: torch.dtype
+) -> list[Callable[[float], None]]:
+    """Functions of the schedule's factor in [0, 1] that together update the fp32 tensors of ``named`` from their ``grad``.
 
-    ``kind``: ``"adamw"`` uses ``rate`` for everything; ``"muon"`` uses ``matrix_rate`` for the matrices inside the
-    layers and AdamW at ``rate`` for embedding and norms. Norms are never decayed.
+    They touch different tensors, so they may run side by side. ``kind``: ``"adamw"`` uses ``rate`` for everything;
+    ``"muon"`` uses ``matrix_rate`` for the matrices inside the layers and AdamW at ``rate`` for embedding and
+    norms. Norms are never decayed.
     """
     inside = [tensor for name, tensor in named if tensor.ndim == 2 and ".layers." in name] if kind == "muon" else []
     chosen = {id(tensor) for tensor in inside}
@@ -76,16 +79,14 @@ def optimizer_step(named: Sequence[tuple[str, torch.Tensor]], *, kind: str, rate
         betas=_BETAS,
         fused=True,
     )
-    muon = Muon(inside, dtype=dtype) if inside else None
 
-    def step(factor: float) -> None:
+    def step_adamw(factor: float) -> None:
         for group in adamw.param_groups:
             group["lr"] = rate * factor
         adamw.step()
-        if muon is not None:
-            muon.step(matrix_rate * factor)
 
-    return step
+    halves = [Muon(half, dtype=dtype) for half in (inside[0::2], inside[1::2]) if half]
+    return [step_adamw, *(lambda factor, muon=muon: muon.step(matrix_rate * factor) for muon in halves)]
 
 
 def _wide(matrix: torch.Tensor) -> torch.Tensor:

@@ -1,27 +1,36 @@
 """One small training loop, for training from scratch and for fine-tuning; bounded by steps, not by the clock.
 
 The network computes in bf16 where the processor multiplies bf16 natively, otherwise in fp32; the weights that
-the optimizer moves are fp32 either way. The same seed, thread count and processor give the same weights.
-Left out on purpose: gradient accumulation, resuming, several devices. A run is a minute long.
+the optimizer moves are fp32 either way. A batch is always cut into the same two shards, each computed by one
+thread: no operation waits for another core, which on a busy machine costs far more than it gains, and the
+weights depend on the seed and the kind of processor but not on the number of threads. Left out on purpose: gradient accumulation, resuming, several devices. A run is a minute long.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from operator import methodcaller
+from typing import Any, TypeVar
 
 import torch
 from torch.nn import functional
 
-from qlora_tools.demo.optimizer import optimizer_step
+from qlora_tools.demo.optimizer import optimizer_jobs
+from qlora_tools.engine.run import single_threaded_blas
 from qlora_tools.errors import NonFiniteError, UsageError
 from qlora_tools.progress import SILENT, Progress
 
 _MAX_GRAD_NORM = 1.0
 _SMOOTHING = 0.95
-_EVAL_WINDOWS = 8  # windows per forward pass
+_EVAL_WINDOWS = 4  # windows per forward pass
+_SHARDS = 2  # part of the result (sums are taken in this order), so a constant and not the number of cores
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 @dataclass(frozen=True)
@@ -80,22 +89,26 @@ def train(model: Any, ids: Sequence[int], schedule: Schedule, *, seed: int, titl
     model.to(dtype).train()
     parameters = list(model.parameters())
     _load(parameters, weights)
-    step = optimizer_step(named, kind=schedule.kind, rate=schedule.rate, matrix_rate=schedule.matrix_rate, dtype=dtype)
+    jobs = optimizer_jobs(named, kind=schedule.kind, rate=schedule.rate, matrix_rate=schedule.matrix_rate, dtype=dtype)
     batches = _batches(tokens, schedule, torch.Generator().manual_seed(seed))
     smooth = math.log(model.config.vocab_size)
-    with progress.task(title, schedule.steps, "steps") as task:
+
+    def shard_gradients(shard_NT: torch.Tensor) -> tuple[float, tuple[torch.Tensor, ...]]:
+        loss = next_token_loss(model, shard_NT) * (len(shard_NT) / schedule.batch)
+        return loss.item(), torch.autograd.grad(loss, parameters)  # not backward(): two threads would add into the same .grad
+
+    with progress.task(title, schedule.steps, "steps") as task, _side_by_side() as run:
         for index, batch in zip(range(schedule.steps), batches, strict=False):
-            loss = next_token_loss(model, batch)
-            if not math.isfinite(loss.item()):
-                raise NonFiniteError(f"{title}: the loss is {loss.item()} at step {index + 1}", hint="lower the learning rate")
-            loss.backward()
-            for weight, parameter in zip(weights, parameters, strict=True):
-                weight.grad = parameter.grad.float()
-                parameter.grad = None
+            losses, gradients = zip(*run(shard_gradients, batch.tensor_split(min(_SHARDS, len(batch)))), strict=True)
+            loss = sum(losses)
+            if not math.isfinite(loss):
+                raise NonFiniteError(f"{title}: the loss is {loss} at step {index + 1}", hint="lower the learning rate")
+            for weight, *parts in zip(weights, *gradients, strict=True):
+                weight.grad = sum(part.float() for part in parts)
             torch.nn.utils.clip_grad_norm_(weights, _MAX_GRAD_NORM)
-            step(schedule.factor(index))
+            run(methodcaller("__call__", schedule.factor(index)), jobs)
             _load(parameters, weights)
-            smooth += (1 - min(_SMOOTHING, (index + 1) / (index + 10))) * (loss.item() - smooth)
+            smooth += (1 - min(_SMOOTHING, (index + 1) / (index + 10))) * (loss - smooth)
             task.advance(1, f"perplexity {math.exp(smooth):.0f}")
     model.float().eval()
     _load(list(model.parameters()), weights)
@@ -108,7 +121,6 @@ def next_token_loss(model: Any, windows_NT: torch.Tensor) -> torch.Tensor:
     return functional.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), windows_NT[:, 1:].reshape(-1))
 
 
-@torch.no_grad()
 def perplexity(model: Any, ids: Sequence[int], *, context: int, windows: int) -> float:
     """exp of the mean loss over the first ``windows`` windows of ``context`` tokens, side by side, in the model's own dtype."""
     tokens = torch.as_tensor(ids, dtype=torch.long)
@@ -116,10 +128,20 @@ def perplexity(model: Any, ids: Sequence[int], *, context: int, windows: int) ->
     if count < 1:
         raise UsageError(f"{tokens.numel()} tokens of held-out text, one window needs {context}")
     model.eval()
-    total = 0.0
-    for chunk in tokens[: count * context].view(count, context).split(_EVAL_WINDOWS):
-        total += next_token_loss(model, chunk).item() * len(chunk)
-    return math.exp(total / count)
+
+    def total_loss(chunk_NT: torch.Tensor) -> float:
+        with torch.no_grad():  # holds for the calling thread only
+            return next_token_loss(model, chunk_NT).item() * len(chunk_NT)
+
+    with _side_by_side() as run:
+        return math.exp(sum(run(total_loss, tokens[: count * context].view(count, context).split(_EVAL_WINDOWS))) / count)
+
+
+@contextmanager
+def _side_by_side() -> Iterator[Callable[[Callable[[_T], _R], Iterable[_T]], list[_R]]]:
+    """A ``map`` over two threads, each with single-threaded operations inside."""
+    with single_threaded_blas(), ThreadPoolExecutor(_SHARDS, thread_name_prefix="qlt", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield lambda function, items: list(pool.map(function, items))
 
 
 def _batches(tokens: torch.Tensor, schedule: Schedule, generator: torch.Generator) -> Iterator[torch.Tensor]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qlora_tools.demo.optimizer import Muon, optimizer_step, orthogonalized
+from qlora_tools.demo.optimizer import Muon, optimizer_jobs, orthogonalized
 
 
 def polar_factor_float64(matrix):
@@ -62,5 +62,17 @@ def test_factor_zero_leaves_every_weight_alone():
     named = [("model.embed_tokens.weight", torch.ones(8, 4)), ("model.layers.0.mlp.up_proj.weight", torch.ones(6, 4)), ("model.norm.weight", torch.ones(4))]
     for _, tensor in named:
         tensor.grad = torch.randn_like(tensor)
-    optimizer_step(named, kind="muon", rate=1e-2, matrix_rate=1e-2, dtype=torch.float32)(0.0)
+    for job in optimizer_jobs(named, kind="muon", rate=1e-2, matrix_rate=1e-2, dtype=torch.float32):
+        job(0.0)
     assert all(torch.equal(tensor, torch.ones_like(tensor)) for _, tensor in named)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_jobs_together_move_every_tensor(kind):
+    shapes = {"model.embed_tokens.weight": (8, 4), "model.norm.weight": (4,)} | {f"model.layers.{i}.mlp.up_proj.weight": (6, 4) for i in range(3)}
+    named = [(name, torch.ones(shape)) for name, shape in shapes.items()]
+    for _, tensor in named:
+        tensor.grad = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0))
+    for job in optimizer_jobs(named, kind=kind, rate=1e-2, matrix_rate=1e-2, dtype=torch.float32):
+        job(1.0)
+    assert not [name for name, tensor in named if torch.equal(tensor, torch.ones_like(tensor))]

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from qlora_tools.demo import training
 from qlora_tools.demo.training import Schedule, next_token_loss, perplexity, train
 from qlora_tools.errors import NonFiniteError, UsageError
 
@@ -57,6 +58,31 @@ def test_same_seed_gives_the_same_bits_and_another_seed_does_not():
 
     assert torch.equal(trained(1), trained(1))
     assert not torch.equal(trained(1), trained(2))
+
+
+def test_number_of_threads_does_not_change_a_bit(monkeypatch):
+    class OneWorker(training.ThreadPoolExecutor):
+        def __init__(self, workers, **options):
+            super().__init__(1, **options)
+
+    def trained():
+        model = tiny_model()
+        train(model, PATTERN, Schedule(steps=5, batch=3, context=16, rate=1e-2, kind="muon", matrix_rate=1e-2), seed=1, title="training", dtype=torch.float32)
+        return model.model.embed_tokens.weight.detach()
+
+    two = trained()
+    monkeypatch.setattr(training, "ThreadPoolExecutor", OneWorker)
+    torch.testing.assert_close(trained(), two, rtol=0, atol=0)
+
+
+def test_shards_of_a_batch_give_the_gradient_of_the_whole(monkeypatch):
+    def trained(shards):
+        monkeypatch.setattr(training, "_SHARDS", shards)
+        model = tiny_model()
+        train(model, PATTERN, Schedule(steps=3, batch=5, context=16, rate=1e-3), seed=1, title="training", dtype=torch.float32)
+        return model.model.embed_tokens.weight.detach()
+
+    torch.testing.assert_close(trained(2), trained(1), rtol=0, atol=2e-5)
 
 
 def test_global_random_state_is_left_alone():

@@ -30,15 +30,13 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from qlora_tools.export.formats.format import encode_in_slabs
 from qlora_tools.export.nodes import Nodes
+from qlora_tools.quant.affine import REST_STEP, quantize_affine
 from qlora_tools.specs import TensorSpec
 
 _LARGEST = 63
 _RATIO = 126
 _ZERO = 64
-#: What rounding leaves is at most half a step, which 127 levels of this size cover.
-_REST_STEP = 1 / 254
 
 
 @dataclass(frozen=True)
@@ -63,15 +61,15 @@ class Digits:
         return tuple(specs)
 
     def encode(self, name: str, w_OI: torch.Tensor) -> dict[str, torch.Tensor]:
-        groups = self.groups(w_OI.shape[1])
-
-        def slab(rows_OI: torch.Tensor) -> dict[str, torch.Tensor]:
-            parts: dict[str, torch.Tensor] = {}
-            for group, piece_OI in enumerate(rows_OI.split(groups, dim=1)):
-                parts |= dict(zip(_part_names(name, group), _encode_group(piece_OI, self.remainder), strict=False))
-            return parts
-
-        return encode_in_slabs(w_OI, self.parts(name, *w_OI.shape), slab)
+        parts: dict[str, torch.Tensor] = {}
+        start = 0
+        for group, width in enumerate(self.groups(w_OI.shape[1])):
+            grid = quantize_affine(w_OI, width, (start, start + width), rest=self.remainder)
+            codes, scale, zero, rest = _part_names(name, group)
+            parts |= {codes: _signed(grid.codes[:, 0]), scale: grid.scale[:, 0], zero: _signed(grid.zero[:, 0])}
+            parts |= {} if grid.rest is None else {rest: grid.rest[:, 0]}
+            start += width
+        return parts
 
     def decode(self, name: str, parts: Mapping[str, torch.Tensor], columns: int, *, looked_up: bool = False) -> torch.Tensor:
         pieces = []
@@ -80,7 +78,7 @@ class Digits:
             codes, scale, zero = (parts[part].to(torch.float32) for part in names[:3])
             piece = (codes - zero[:, None]) * scale[:, None]
             if looked_up and self.remainder:
-                piece += parts[names[3]].to(torch.float32) * (scale * _REST_STEP)[:, None]
+                piece += parts[names[3]].to(torch.float32) * (scale * REST_STEP)[:, None]
             pieces.append(piece)
         return torch.cat(pieces, dim=1)
 
@@ -107,7 +105,7 @@ class Digits:
             piece = nodes.op("DequantizeLinear", codes, scale, zero, axis=0)
             if self.remainder:
                 rest = nodes.op("Gather", nodes.stored(names[3]), ids_T, axis=0)
-                step = nodes.op("Mul", scale, nodes.constant(_REST_STEP, np.float32))
+                step = nodes.op("Mul", scale, nodes.constant(REST_STEP, np.float32))
                 piece = nodes.op("Add", piece, nodes.op("DequantizeLinear", rest, step, axis=0))
             found.append(piece)
         return found[0] if len(found) == 1 else nodes.op("Concat", *found, axis=1)
@@ -131,22 +129,9 @@ def _part_names(name: str, group: int) -> tuple[str, str, str, str]:
     return f"{name}.{group}", f"{name}.{group}.scale", f"{name}.{group}.zero", f"{name}.{group}.rest"
 
 
-def _encode_group(w_OI: torch.Tensor, remainder: bool) -> tuple[torch.Tensor, ...]:
-    """Codes [O, I], scale and zero [O] (and the rest [O, I]), whole numbers still in fp32.
-
-    256 levels from the row's smallest to its largest value, zero among them.
-    """
-    low_O = w_OI.amin(1).clamp(max=0.0)
-    high_O = w_OI.amax(1).clamp(min=0.0)
-    scale_O = (high_O - low_O) / 255
-    scale_O = torch.where(scale_O == 0, torch.ones_like(scale_O), scale_O)
-    zero_O = (-128 - low_O / scale_O).round()
-    steps_OI = w_OI / scale_O[:, None]
-    codes_OI = steps_OI.round().add_(zero_O[:, None]).clamp_(-128, 127)
-    if not remainder:
-        return codes_OI, scale_O, zero_O
-    rest_OI = steps_OI.sub_(codes_OI).add_(zero_O[:, None]).div_(_REST_STEP).round_().clamp_(-127, 127)
-    return codes_OI, scale_O, zero_O, rest_OI
+def _signed(codes: torch.Tensor) -> torch.Tensor:
+    """Unsigned codes less 128, as int8: the same bytes with the top bit turned over. Integer units are fastest with signed weights."""
+    return codes.bitwise_xor_(128).view(torch.int8)
 
 
 def _cut(nodes: Nodes, digits: ir.Value, widths: tuple[int, ...]) -> tuple[ir.Value, ...]:

@@ -6,7 +6,7 @@ has O as its first axis, so that packed projections are written as row ranges an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Protocol
 
 import onnx_ir as ir
@@ -34,18 +34,3 @@ class WeightFormat(Protocol):
 
     def gather(self, nodes: Nodes, ids_T: ir.Value, name: str, columns: int) -> ir.Value:
         """Nodes that look rows up: int64 [T] -> [T, I]."""
-
-
-#: Weights encoded at once: scratch of a few MB, and steps long enough that threads do not wait for the interpreter.
-_SLAB_ELEMENTS = 1 << 20
-
-
-def encode_in_slabs(w_OI: torch.Tensor, specs: Iterable[TensorSpec], encode: Callable[[torch.Tensor], Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """``encode`` over a few rows at a time, in fp32, into parts of the given specs. For rules that treat each row by itself."""
-    parts = {spec.name: torch.empty(spec.shape, dtype=spec.torch_dtype) for spec in specs}
-    rows, columns = w_OI.shape
-    step = max(1, _SLAB_ELEMENTS // max(columns, 1))
-    for start in range(0, rows, step):
-        for name, piece in encode(w_OI[start : start + step].to(torch.float32)).items():
-            parts[name][start : start + step] = piece
-    return parts
