@@ -79,6 +79,7 @@ def main() -> NoReturn:
             raise
         code = report(error, as_json="--json" in arguments)
     _flush()
+    gc.freeze()  # nothing is left to collect but what torch imported; walking that once more at exit takes another 0.3 s
     sys.exit(code)
 
 
