@@ -89,11 +89,12 @@ class _Bars(_Remarks):
 
         counted = (DownloadColumn(), TransferSpeedColumn()) if unit == "B" else (MofNCompleteColumn(), TextColumn(unit))
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), *counted, TimeRemainingColumn(), TextColumn("[dim]{task.fields[label]}"))
-        with RichProgress(*columns, console=Console(stderr=True), transient=True) as drawn:
+        quiet_clock = unit == "runs"  # beside measured processes nothing of ours may wake up by itself
+        with RichProgress(*columns, console=Console(stderr=True), transient=True, auto_refresh=not quiet_clock) as drawn:
             number = drawn.add_task(title or "working", total=total, label="")
 
             class Bar:
                 def advance(self, amount: float = 1, label: str = "") -> None:
-                    drawn.update(number, advance=amount, label=label[-48:])
+                    drawn.update(number, advance=amount, label=label[-48:], refresh=quiet_clock)
 
             yield Bar()
