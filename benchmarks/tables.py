@@ -138,7 +138,7 @@ BLOCKS = {"chain": chain, "peers": peers, "memory": memory, "commands": commands
 def generated(text: str) -> str:
     """``text`` with every ``<!-- name --> ... <!-- /name -->`` filled."""
     for name, block in BLOCKS.items():
-        text = re.sub(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", lambda match, block=block: f"{match[1]}{block()}{match[2]}", text, flags=re.DOTALL)
+        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda match, block=block: f"{match[1]}{block()}\n{match[2]}", text, flags=re.DOTALL)
     return text
 
 
