@@ -15,14 +15,29 @@ if TYPE_CHECKING:
     from qlora_tools.bench.record import Workload
     from qlora_tools.demo.flow import DemoResult, demo
     from qlora_tools.stages.extract import ExtractConfig
+    from qlora_tools.training.config import TrainConfig
+    from qlora_tools.verbs.adapters import (
+        ComparedAdapters,
+        ComparedLayer,
+        KeptAdapter,
+        ResizeResult,
+        SumResult,
+        compare_adapters,
+        list_adapters,
+        resize_adapter,
+        sum_adapters,
+    )
     from qlora_tools.verbs.bench import BenchResult, bench, layers_of
+    from qlora_tools.verbs.convert import ConvertResult, convert
     from qlora_tools.verbs.doctor import Check, Diagnosis, doctor
     from qlora_tools.verbs.evaluate import EvalResult, Judged, evaluate
     from qlora_tools.verbs.export import ExportResult, export
     from qlora_tools.verbs.extract import ExtractResult, extract
+    from qlora_tools.verbs.import_adapter import ImportResult, import_adapter
     from qlora_tools.verbs.inspect import Group, Inspection, inspect
     from qlora_tools.verbs.merge import MergeResult, TensorRetention, merge
     from qlora_tools.verbs.quantize import QuantizeResult, quantize
+    from qlora_tools.verbs.train import TrainReport, TrainResult, train
 
 _HOMES = {
     "qlora_tools.bench.record": ("Workload",),
@@ -31,10 +46,26 @@ _HOMES = {
         "demo",
     ),
     "qlora_tools.stages.extract": ("ExtractConfig",),
+    "qlora_tools.training.config": ("TrainConfig",),
+    "qlora_tools.verbs.adapters": (
+        "ComparedAdapters",
+        "ComparedLayer",
+        "KeptAdapter",
+        "ResizeResult",
+        "SumResult",
+        "compare_adapters",
+        "list_adapters",
+        "resize_adapter",
+        "sum_adapters",
+    ),
     "qlora_tools.verbs.bench": (
         "BenchResult",
         "bench",
         "layers_of",
+    ),
+    "qlora_tools.verbs.convert": (
+        "ConvertResult",
+        "convert",
     ),
     "qlora_tools.verbs.doctor": (
         "Check",
@@ -54,6 +85,10 @@ _HOMES = {
         "ExtractResult",
         "extract",
     ),
+    "qlora_tools.verbs.import_adapter": (
+        "ImportResult",
+        "import_adapter",
+    ),
     "qlora_tools.verbs.inspect": (
         "Group",
         "Inspection",
@@ -68,11 +103,19 @@ _HOMES = {
         "QuantizeResult",
         "quantize",
     ),
+    "qlora_tools.verbs.train": (
+        "TrainReport",
+        "TrainResult",
+        "train",
+    ),
 }
 
 __all__ = [
     "BenchResult",
     "Check",
+    "ComparedAdapters",
+    "ComparedLayer",
+    "ConvertResult",
     "DemoResult",
     "Diagnosis",
     "EvalResult",
@@ -80,22 +123,36 @@ __all__ = [
     "ExtractConfig",
     "ExtractResult",
     "Group",
+    "ImportResult",
     "Inspection",
     "Judged",
+    "KeptAdapter",
     "MergeResult",
     "QuantizeResult",
+    "ResizeResult",
+    "SumResult",
     "TensorRetention",
+    "TrainConfig",
+    "TrainReport",
+    "TrainResult",
     "Workload",
     "bench",
+    "compare_adapters",
+    "convert",
     "demo",
     "doctor",
     "evaluate",
     "export",
     "extract",
+    "import_adapter",
     "inspect",
     "layers_of",
+    "list_adapters",
     "merge",
     "quantize",
+    "resize_adapter",
+    "sum_adapters",
+    "train",
 ]
 
 

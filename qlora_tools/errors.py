@@ -11,6 +11,8 @@ same to a script, and add a line to the table in the README.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class QltError(Exception):
     """Base of all deliberate errors. ``hint`` is one sentence that tells the way out, or ``None``."""
@@ -74,3 +76,19 @@ class MissingError(QltError, FileNotFoundError):
     """An input folder, file, shard, tensor or hub repository is not there."""
 
     exit_code = 9
+
+
+class OutOfMemory(QltError, MemoryError):
+    """More memory is needed than there is; the hint lists what would need less."""
+
+    exit_code = 10
+
+
+class Interrupted(QltError, InterruptedError):
+    """A run was stopped by Ctrl-C or SIGTERM after saving; the hint is the command that continues it. ``folder``: where it lies."""
+
+    exit_code = 130
+
+    def __init__(self, message: str, *, hint: str | None = None, folder: Path | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.folder = folder

@@ -19,25 +19,17 @@ Axes: O outputs, I inputs, R rank, V vocabulary, D embedding width.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from qlora_tools.adapters.peft_config import PeftConfig
+from qlora_tools.adapters.peft_keys import parse_key
 from qlora_tools.errors import IncompatibleError
 from qlora_tools.models.family import GENERIC, Family
 from qlora_tools.names import nearest, shortened, split_tensor
 from qlora_tools.specs import TensorSpec
-
-_PREFIX = "base_model.model."
-_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|base_layer)(?=\.)")
-_LORA = re.compile(
-    r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.(?P<adapter>[^.]+))??(?:\.(?P<leaf>weight|bias))?"
-)
-_TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?")
-_SAVED = re.compile(r"(?P<module>.+)\.modules_to_save(?:\.[^.]+)?\.(?P<leaf>[^.]+)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,16 +133,15 @@ class _Binder:
 
     def sort(self, part: Part) -> None:
         """File a part under the module path that its key names."""
-        path = _WRAPPERS.sub("", part.key.removeprefix(_PREFIX)).removeprefix(".")
-        if match := _LORA.fullmatch(path):
-            slot = match["part"].removeprefix("lora_") + (".bias" if match["leaf"] == "bias" else "")
-            self._lora.setdefault(match["module"], {})[slot] = part
-        elif match := _TOKENS.fullmatch(path):
-            self._rows[match["module"]] = part
-        elif match := _SAVED.fullmatch(path):
-            self._whole[f"{match['module']}.{match['leaf']}"] = part
+        key = parse_key(part.key)
+        if key.kind == "lora":
+            self._lora.setdefault(key.path, {})[key.slot] = part
+        elif key.kind == "tokens":
+            self._rows[key.path] = part
+        elif key.kind == "whole":
+            self._whole[key.path] = part
         else:
-            self._whole[path] = part
+            self._unmatched.append(part.key)
 
     def finish(self, base_tensors: dict[str, str]) -> Adapter:
         rename = self._prefix_rule()
@@ -253,7 +244,7 @@ class _Binder:
             )
         if self._unmatched:
             modules = [split_tensor(name)[0] for name in self._base]
-            close = nearest(_WRAPPERS.sub("", self._unmatched[0].removeprefix(_PREFIX)).split(".lora_")[0], modules, 1)
+            close = nearest(parse_key(self._unmatched[0]).path, modules, 1)
             hint = f"the nearest module of the base is {close[0]}" if close else f"modules of the base are {shortened(modules, 3)}"
             raise IncompatibleError(f"adapter {self._name}: {len(self._unmatched)} keys match nothing in the base: {', '.join(self._unmatched)}", hint=hint)
         if not (self._lora or self._whole or self._rows):

@@ -83,7 +83,7 @@ _REASONS: Mapping[str, str] = {
     "alora_invocation_tokens": "it acts only after its invocation tokens, so it cannot become part of the weights",
 }
 #: Initialisations that leave base + B A equal to the base at the start of training, so that the file alone tells all.
-_HARMLESS_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
+HARMLESS_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ def _refuse(content: Mapping[str, Any], where: str) -> None:
                 f"{where}: `{name}` = {str(value)[:80]} is unknown to this version and may change what the adapter computes", hint="remove it if it does not"
             )
     init = content.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower() not in _HARMLESS_INITS:
+    if isinstance(init, str) and init.lower() not in HARMLESS_INITS:
         raise UnsupportedError(
             f"{where}: init_lora_weights is {init!r}: the adapter belongs to base weights that its initialisation changed",
             hint="save it with `save_pretrained(..., path_initial_model_for_weight_conversion=...)`, which makes a plain LoRA",

@@ -26,8 +26,10 @@ FACTORY = "qlora_tools.bench.hf_engine:load"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "stored": "auto"}
 
 
-def load(path: str, *, threads: int, dtype: str = "stored", device: str = "cpu") -> TransformersEngine:
+def load(path: str, *, threads: int, dtype: str = "stored", device: str = "cpu", adapter: str | None = None) -> TransformersEngine:
     """Load a local folder. ``dtype``: ``fp32``, ``bf16``, ``fp16``, or ``stored``, as its config says.
+
+    ``adapter``: a PEFT folder, put on top by PEFT itself and left unmerged, as a user of PEFT would run it.
 
     Raises:
         UsageError, MissingError: unknown dtype; no such folder.
@@ -39,6 +41,11 @@ def load(path: str, *, threads: int, dtype: str = "stored", device: str = "cpu")
     torch.set_num_threads(threads)
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], device_map={"": device}, local_files_only=True)
+    if adapter is not None:
+        from peft import PeftModel
+
+        # the inner model: PEFT's wrapper adds nothing once the layers are in place, and takes other keywords
+        model = PeftModel.from_pretrained(model, adapter, is_trainable=False).get_base_model()
     return TransformersEngine(model.eval())
 
 

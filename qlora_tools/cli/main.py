@@ -22,6 +22,10 @@ VERBS = {
     "extract": "Take a LoRA adapter out of a full fine-tune.",
     "merge": "Merge adapters into a checkpoint, and requantize it if asked.",
     "quantize": "Quantize a checkpoint to NF4 or int8, for stock transformers.",
+    "train": "Train a LoRA adapter on a frozen, quantized base.",
+    "import": "Bring in an adapter of any known format as a PEFT folder.",
+    "convert": "Write an adapter in another format.",
+    "adapters": "List, sum, resize and compare adapters.",
     "export": "Export an ONNX graph: fp32, int8 or int4.",
     "bench": "Measure latency, memory and quality of exports.",
     "eval": "Measure perplexity and divergence of checkpoints and exports.",
@@ -29,6 +33,9 @@ VERBS = {
     "doctor": "Check this installation.",
     "demo": "Train a small model and run the whole chain on it.",
 }
+
+#: Verbs that Python keeps for itself.
+_FILES = {"import": "import_adapter"}
 
 EPILOG = """\b
 Examples:
@@ -51,7 +58,7 @@ class Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
             return None
-        module = importlib.import_module(f"qlora_tools.cli.commands.{cmd_name}")
+        module = importlib.import_module(f"qlora_tools.cli.commands.{_FILES.get(cmd_name, cmd_name)}")
         command: click.Command = module.command
         return command
 

@@ -83,6 +83,32 @@ def shared(function: F) -> F:
     return command  # type: ignore[return-value]
 
 
+class Headed(click.Option):
+    """An option that the help text lists under ``heading``."""
+
+    def __init__(self, *args: Any, heading: str = "", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.heading = heading
+
+
+class HeadedCommand(click.Command):
+    """A command whose help lists :class:`Headed` options under their headings, in order of appearance, and the others last."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if (record := parameter.get_help_record(ctx)) is not None:
+                sections.setdefault(parameter.heading if isinstance(parameter, Headed) else "", []).append(record)
+        for heading in sorted(sections, key=lambda heading: heading == ""):
+            with formatter.section(heading or "Options"):
+                formatter.write_dl(sections[heading])
+
+
+def headed(heading: str) -> Callable[..., Callable[[F], F]]:
+    """``click.option`` for options under ``heading``."""
+    return functools.partial(click.option, cls=Headed, heading=heading)
+
+
 def adapters_option(function: F) -> F:
     """``--adapter PATH[=WEIGHT]``, repeatable."""
     return click.option("--adapter", "adapters", multiple=True, metavar="DIR[=WEIGHT]", help="Adapter folder, with a weight if wanted; repeat for several.")(

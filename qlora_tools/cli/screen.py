@@ -65,6 +65,28 @@ class Screen:
             drawn.add_row(*row)
         Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(drawn)
 
+    def card(self, title: str, rows: Sequence[tuple[str, str]], *, err: bool = False) -> None:
+        """What belongs together, a name and a value per row: framed on a terminal, plain lines elsewhere. ``err``: on standard error."""
+        rows = [row for row in rows if row[1]]
+        if self.quiet or (self.as_json and not err) or not rows:
+            return
+        stream = sys.stderr if err else sys.stdout
+        width = max(len(name) for name, _ in rows)
+        if not stream.isatty():
+            for name, value in rows:
+                click.echo(f"{name:<{width}}  {value}", err=err)
+            return
+        from rich import box
+        from rich.console import Console
+        from rich.panel import Panel
+        from rich.table import Table
+        from rich.text import Text
+
+        grid = Table.grid(padding=(0, 2))
+        for name, value in rows:
+            grid.add_row(Text(name, style="dim"), Text(value))
+        Console(file=stream, highlight=False).print(Panel(grid, title=title, title_align="left", box=box.ROUNDED, expand=False))
+
 
 class _Remarks:
     """Notes as plain lines, no bars: standard error is a file or a pipe."""

@@ -4,6 +4,7 @@ A family file holds (only ``model_type`` and ``roles`` are required)::
 
     model_type   the value of ``model_type`` in config.json that this file serves
     roles        role -> list of regular expressions over module paths; see ``Family.role``
+    projections  query, key, value, fused -> patterns of the layers that compute them; see ``Family.projection``
     tied         module -> module whose weight it shares when the config says ``tie_word_embeddings``
     tied_default what ``tie_word_embeddings`` means when config.json does not hold it
     transposed   regular expressions of modules that store [in, out] (GPT-2's Conv1D)
@@ -29,8 +30,18 @@ from qlora_tools.names import nearest, shortened, split_tensor
 
 GENERIC = "generic"
 ROLES = ("attn", "mlp", "expert", "embedding", "head", "norm")
-#: What ``--targets`` names: preset -> the roles whose linears it takes.
-TARGET_PRESETS: Mapping[str, tuple[str, ...]] = {"attn": ("attn",), "mlp": ("mlp",), "all": ("attn", "mlp", "other")}
+PROJECTIONS = ("query", "key", "value", "fused")
+#: Roles of layers that multiply activations, and so may carry a low-rank update.
+_ADAPTABLE = ("attn", "mlp", "other")
+#: What ``--targets`` names: preset -> the roles or projections whose layers it takes. A fused layer computes several
+#: projections at once (GPT-2's ``c_attn``) and belongs to every preset that asks for one of them.
+TARGET_PRESETS: Mapping[str, tuple[str, ...]] = {
+    "minimal": ("query", "value", "fused"),
+    "qkv": ("query", "key", "value", "fused"),
+    "attn": ("attn",),
+    "mlp": ("mlp",),
+    "all": _ADAPTABLE,
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,7 @@ class Family:
 
     model_type: str
     roles: Mapping[str, tuple[re.Pattern[str], ...]]
+    projections: Mapping[str, tuple[re.Pattern[str], ...]] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
     tied_default: bool = False
     transposed: tuple[re.Pattern[str], ...] = ()
@@ -50,6 +62,15 @@ class Family:
             if any(pattern.search(module) for pattern in patterns):
                 return role
         return "other"
+
+    def projection(self, module: str) -> str:
+        """``query``, ``key``, ``value``, ``fused`` (several of them in one layer), or ``""``: none of these."""
+        return next((kind for kind, patterns in self.projections.items() if any(pattern.search(module) for pattern in patterns)), "")
+
+    def in_preset(self, preset: str, module: str) -> bool:
+        """Whether ``module`` belongs to a preset. Embeddings, heads, norms and experts belong to none."""
+        kinds, role = TARGET_PRESETS[preset], self.role(module)
+        return role in _ADAPTABLE and (role in kinds or self.projection(module) in kinds)
 
     def is_transposed(self, module: str) -> bool:
         """True when the module's weight is stored [in, out] instead of [out, in]."""
@@ -63,7 +84,7 @@ class Family:
     def is_linear(self, tensor_name: str, shape: tuple[int, ...]) -> bool:
         """True for the 2-D ``weight`` of a layer that multiplies activations: not an embedding, head or norm."""
         module, leaf = split_tensor(tensor_name)
-        return leaf == "weight" and len(shape) == 2 and self.role(module) in ("attn", "mlp", "other")
+        return leaf == "weight" and len(shape) == 2 and self.role(module) in _ADAPTABLE
 
     def ties(self, config: Mapping[str, Any]) -> dict[str, str]:
         """Tied tensor name -> the name of the tensor that holds its values, as this config has it."""
@@ -71,28 +92,42 @@ class Family:
         return {f"{module}.weight": f"{owner}.weight" for module, owner in self.tied.items()} if tie else {}
 
     def targets(self, wanted: str, modules: Iterable[str]) -> list[str]:
-        """The modules that ``wanted`` names: a preset (``attn``, ``mlp``, ``all``) or a regular expression over module paths.
+        """Those of ``modules`` that ``wanted`` names: a preset of :data:`TARGET_PRESETS`, or a regular expression found in their paths.
 
         Raises:
             UsageError: not a regular expression, or nothing matches.
         """
         known = list(modules)
         if wanted in TARGET_PRESETS:
-            chosen = [module for module in known if self.role(module) in TARGET_PRESETS[wanted]]
+            chosen = [module for module in known if self.in_preset(wanted, module)]
         else:
-            try:
-                pattern = re.compile(wanted)
-            except re.error as error:
-                raise UsageError(
-                    f"--targets {wanted!r} is neither a preset nor a regular expression: {error}", hint=f"presets: {', '.join(TARGET_PRESETS)}"
-                ) from error
-            chosen = [module for module in known if pattern.search(module)]
+            chosen = matching(wanted, known, "--targets", f"presets: {', '.join(TARGET_PRESETS)}")
         if not chosen:
-            leaves = sorted({module.rpartition(".")[2] for module in known})
-            close = nearest(wanted, leaves)
-            hint = f"did you mean {', '.join(close)}?" if close else f"modules of this model end in: {shortened(leaves, 12)}"
-            raise UsageError(f"--targets {wanted!r} matches none of {len(known)} modules", hint=hint)
+            raise nothing_matches("--targets", wanted, known)
         return chosen
+
+
+def matching(wanted: str, modules: Iterable[str], option: str, hint: str | None = None) -> list[str]:
+    """The modules whose path holds a match of the regular expression ``wanted``, which the user gave with ``option``.
+
+    Raises:
+        UsageError: not a regular expression.
+    """
+    try:
+        pattern = re.compile(wanted)
+    except re.error as error:
+        raise UsageError(f"{option} {wanted!r} is not a{' preset or' if hint else ''} regular expression: {error}", hint=hint) from error
+    return [module for module in modules if pattern.search(module)]
+
+
+def nothing_matches(option: str, wanted: str, modules: Iterable[str]) -> UsageError:
+    """The error for a choice of modules that is empty: names the nearest modules, and the last parts of all paths."""
+    known = list(modules)
+    leaves = sorted({leaf for module in known if not (leaf := module.rpartition(".")[2]).isdigit()})
+    words = re.findall(r"[A-Za-z_]\w+", wanted)
+    close = nearest(wanted, leaves) or nearest(words[-1] if words else wanted, leaves) or nearest(wanted, known)
+    listed = f"modules that could be chosen end in {shortened(leaves, 12)}" if leaves else "the model has no module that could be chosen"
+    return UsageError(f"{option} {wanted!r} matches none of {len(known)} modules", hint=f"did you mean {', '.join(close)}? {listed}" if close else listed)
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
@@ -115,9 +150,11 @@ def _load(model_type: str) -> Family:
     unknown = facts.keys() - Family.__dataclass_fields__.keys()
     assert not unknown, f"{model_type}.json: unknown fields {sorted(unknown)}"
     assert not facts["roles"].keys() - set(ROLES), f"{model_type}.json: unknown roles"
+    assert not facts.get("projections", {}).keys() - set(PROJECTIONS), f"{model_type}.json: unknown projections"
     return Family(
         model_type=facts["model_type"],
         roles={role: _patterns(patterns) for role, patterns in facts["roles"].items()},
+        projections={kind: _patterns(patterns) for kind, patterns in facts.get("projections", {}).items()},
         tied=facts.get("tied", {}),
         tied_default=facts.get("tied_default", False),
         transposed=_patterns(facts.get("transposed", ())),

@@ -11,7 +11,7 @@ from typing import Any
 from qlora_tools.bench.engine import locate
 from qlora_tools.checkpoint.hub import resolve_model
 from qlora_tools.checkpoint.reader import read_json
-from qlora_tools.errors import IncompatibleError, MissingError
+from qlora_tools.errors import IncompatibleError, MissingError, UsageError
 from qlora_tools.manifest import read_manifest
 from qlora_tools.progress import SILENT, Progress
 from qlora_tools.quality.corpus import Corpus, Method, Window, python_reference, read_corpus, tokenize
@@ -23,6 +23,7 @@ from qlora_tools.quality.probe import logits_of, quality_record
 #: Named, not imported: each brings its runtime with it, and the worker processes of a benchmark import what they need.
 TORCH_ENGINE = "qlora_tools.bench.hf_engine:load"
 ONNX_ENGINE = "qlora_tools.export.runtime:open_engine"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,15 @@ class EvalResult:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A model to judge: a checkpoint or export folder, with a PEFT adapter on it or none."""
+
+    name: str
+    folder: Path
+    adapter: Path | None = None
+
+
+@dataclass(frozen=True)
 class Reading:
     """A text cut for a model: what quality is judged on."""
 
@@ -59,6 +69,7 @@ class Reading:
 def evaluate(
     *,
     models: Sequence[str | Path],
+    adapters: Sequence[str | Path] = (),
     against: str | Path | None = None,
     text: Path | None = None,
     tokens: int = 16_384,
@@ -68,35 +79,65 @@ def evaluate(
 ) -> EvalResult:
     """Judge every model (a checkpoint or export folder, or a hub id) on one text; ``against`` is the reference of KL and agreement.
 
+    ``adapters``: PEFT folders, each judged on the first model as one more candidate.
+
     Raises:
-        IncompatibleError: tokenizers differ, so that no number could be compared.
+        IncompatibleError: tokenizers differ, so that no number could be compared; or an adapter is for another base.
     """
-    folders = [resolve_model(str(model)) for model in models]
+    candidates = candidates_of(models, adapters, progress)
+    folders = [candidate.folder for candidate in candidates]
     reference_folder = resolve_model(str(against)) if against else None
     reading = read_text(folders[0], text, tokens=tokens, context=context)
     _same_tokenizer([*folders, *([reference_folder] if reference_folder else [])])
     reference = open_engine(reference_folder, device) if reference_folder else None
     judged = []
-    for name, folder in zip(models, folders, strict=True):
-        engine = open_engine(folder, device)
+    for candidate in candidates:
+        name, folder = candidate.name, candidate.folder
+        engine = open_engine(folder, device, candidate.adapter)
         try:
             if reference is None:
                 found = perplexity(logits_of(engine), reading.windows, progress=progress, title=f"eval {folder.name}")
-                judged.append(Judged(str(name), found.value, perplexity_interval(found.nll, found.tokens).bounds, {}))
+                judged.append(Judged(name, found.value, perplexity_interval(found.nll, found.tokens).bounds, {}))
             else:
                 result = divergence(logits_of(reference), logits_of(engine), reading.windows, progress=progress)
                 figures = quality_record(result, corpus={"name": reading.corpus.name, "sha256": reading.corpus.sha256}, method=reading.method.record())
-                judged.append(Judged(str(name), figures["ppl_candidate"], tuple(figures["ci95"]["ppl_candidate"] or ()) or None, figures))  # type: ignore[arg-type]
+                judged.append(Judged(name, figures["ppl_candidate"], tuple(figures["ci95"]["ppl_candidate"] or ()) or None, figures))  # type: ignore[arg-type]
         finally:
             engine.close()
     scored = sum(window.n_scored for window in reading.windows)
     return EvalResult(reading.corpus.name, reading.corpus.sha256, reading.method.name, scored, str(against) if against else None, tuple(judged))
 
 
-def open_engine(folder: Path, device: str = "auto") -> Any:
-    """The runtime for a folder: ONNX Runtime for an export, transformers (fp32 unless quantized) for a checkpoint."""
+def candidates_of(models: Sequence[str | Path], adapters: Sequence[str | Path], progress: Progress = SILENT) -> list[Candidate]:
+    """The models as given, then the first of them under each adapter, checked from headers alone before anything is loaded.
+
+    Raises:
+        UsageError: no models, or the first is an export. And what reading an adapter for a base raises.
+    """
+    if not models:
+        raise UsageError("no models to judge")
+    candidates = [Candidate(str(model), resolve_model(str(model))) for model in models]
+    base = candidates[0]
+    if adapters and list(base.folder.glob("*.onnx")):
+        raise UsageError(
+            f"{base.name} is an export: no adapter can be put on it", hint="give a checkpoint first, or merge while exporting with `qlt export --merge`"
+        )
+    for adapter in adapters:
+        from qlora_tools.verbs.merging import open_merged
+        from qlora_tools.verbs.quantize import codec_for
+
+        merged = open_merged(base.folder, [(adapter, 1.0)], None, codec_for("nf4"), progress)
+        candidates.append(Candidate(f"{base.name} + {adapter}", base.folder, merged.adapter_folders[0]))
+    return candidates
+
+
+def open_engine(folder: Path, device: str = "auto", adapter: Path | None = None) -> Any:
+    """The runtime for a folder: ONNX Runtime for an export, transformers (fp32 unless quantized) for a checkpoint, with ``adapter`` on it."""
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     path, options = engine_of(folder, device)
+    if adapter is not None:
+        assert path == TORCH_ENGINE, "an export's weights are fixed"
+        options["adapter"] = str(adapter)
     return locate(path)(threads=threads, **options)
 
 
@@ -123,7 +164,7 @@ def read_text(folder: Path, text: Path | None, *, tokens: int, context: int) -> 
     Raises:
         MissingError: no tokenizer there.
     """
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")):
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
         raise MissingError(f"{folder} holds no tokenizer, so no text can be read", hint="copy the model's tokenizer files into it")
     from transformers import AutoTokenizer
 

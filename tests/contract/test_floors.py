@@ -26,6 +26,8 @@ SIDEWAYS = {
 }
 #: Files over 400 lines, each with its reason.
 LARGE: dict[str, str] = {}
+#: The one call that unpickles: tensors alone, in a file that the user asked to trust.
+UNPICKLING = {("adapters/pickled.py", "torch.load")}
 
 
 def modules():
@@ -87,7 +89,8 @@ def test_nothing_prints_and_nothing_unpickles():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
-                assert called not in ("print", "torch.load", "pickle.load", "pickle.loads", "eval", "exec", "os.system"), f"{path}: {called}"
+                if (str(path.relative_to(PACKAGE)), called) not in UNPICKLING:
+                    assert called not in ("print", "torch.load", "pickle.load", "pickle.loads", "eval", "exec", "os.system"), f"{path}: {called}"
 
 
 def test_the_command_line_is_light_at_the_top():

@@ -1,0 +1,57 @@
+"""Memory of this process: its peak, and giving back what a step no longer needs.
+
+glibc keeps freed blocks of up to 32 MB in its heap, and the activations of a step, freed in another order than they were made, leave
+holes that the next step cannot use: a run then holds up to twice what lives at any time. With a fixed threshold such blocks come from the
+kernel and go back to it one by one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+_M_MMAP_THRESHOLD = -3
+_M_TRIM_THRESHOLD = -1
+_THRESHOLD_BYTES = 1 << 20
+
+
+def return_freed_blocks() -> bool:
+    """Make glibc's allocator return blocks above 1 MB when they are freed. False where the allocator is another one."""
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(_M_MMAP_THRESHOLD, _THRESHOLD_BYTES)) and bool(mallopt(_M_TRIM_THRESHOLD, 4 * _THRESHOLD_BYTES))
+
+
+def peak_bytes(device: str) -> int:
+    """The peak so far: of the device's allocator on CUDA, else of the whole process."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
+
+
+def available_bytes(device: str) -> int:
+    """What a run may take: free memory of the device, or of the machine."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 1 << 62

@@ -1,0 +1,279 @@
+"""A checkpoint as a frozen torch model: linears in the form a codec stores, everything else in the compute dtype.
+
+Weights stream in one tensor at a time and are encoded on the way, so memory never holds the dense model. The model's class is
+built without weights; each of its parameters must then find its tensor in the checkpoint, the head of a new task excepted.
+Checkpoints that transformers renames while loading (old layouts, fused experts) are loaded by transformers itself, dense, and
+frozen in place: slower and larger for a moment, never wrong. No code of a checkpoint is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForSequenceClassification
+from transformers.utils import logging
+
+from qlora_tools.checkpoint.logical import LogicalCheckpoint
+from qlora_tools.checkpoint.reader import tensor_sha256
+from qlora_tools.errors import IncompatibleError, UnsupportedError
+from qlora_tools.names import shortened
+from qlora_tools.progress import SILENT, Progress
+from qlora_tools.quant.codec import Codec, Stored
+from qlora_tools.specs import TensorSpec, dtype_of, spec_of
+from qlora_tools.training.frozen import StoredWeight, can_freeze, freeze_layer
+
+#: Weights smaller than this stay dense: quantizing them saves nothing.
+MIN_ELEMENTS = 1024
+_CLASSES = {"language": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification, "image": AutoModelForImageClassification}
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """A loaded base. ``model`` is frozen, in eval mode. ``tensor_of``: module path -> the name of its weight in the checkpoint.
+
+    ``fresh``: modules that the checkpoint does not hold (a new task's head), initialised from the seed. ``sha256``: of the stored bytes
+    of every tensor that was read, by name.
+    """
+
+    model: Any
+    checkpoint: LogicalCheckpoint
+    tensor_of: Mapping[str, str]
+    fresh: tuple[str, ...] = ()
+    sha256: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> str:
+        """One hash over all weights."""
+        return hashlib.sha256(repr(sorted(self.sha256.items())).encode()).hexdigest()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all weights as they lie in memory."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+def build_empty(checkpoint: LogicalCheckpoint, task: str, labels: Iterable[str] = ()) -> Any:
+    """The model without weights (on ``meta``; its buffers are real), in eval mode.
+
+    Raises:
+        UnsupportedError: transformers has no class of its own for this model and task.
+    """
+    settings: dict[str, Any] = {}
+    if names := list(labels):
+        settings = {"num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False, **settings)
+        for name in ("quantization_config", "_pre_quantization_dtype"):
+            if hasattr(config, name):
+                delattr(config, name)
+        with init_empty_weights(include_buffers=False):
+            model = _CLASSES[task].from_config(config, trust_remote_code=False)
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        raise UnsupportedError(
+            f"{checkpoint.folder}: transformers builds no {task} model from its config.json: {str(error)[:300]}",
+            hint="check `model_type` in config.json, or give --task",
+        ) from error
+    return model.eval()
+
+
+def load_base(
+    checkpoint: LogicalCheckpoint,
+    task: str,
+    codec: Codec | None,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    labels: Iterable[str] = (),
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Progress = SILENT,
+) -> Base:
+    """Load ``checkpoint`` for ``task`` with its linears stored by ``codec`` (``None``: dense in ``dtype``).
+
+    A checkpoint that is already stored in ``codec``'s form keeps its very bytes; one stored in another form is refused.
+
+    Raises:
+        IncompatibleError: weights the model needs are not in the checkpoint. UnsupportedError: see :func:`build_empty`.
+    """
+    _refuse_other_codec(checkpoint, codec)
+    labels = tuple(labels)
+    model = build_empty(checkpoint, task, labels)
+    names = _names(model, checkpoint)
+    missing = [name for name in names if names[name] is None]
+    fresh = sorted({name.rpartition(".")[0] for name in missing if checkpoint.family.role(name.rpartition(".")[0]) == "head"})
+    unknown = [name for name in missing if name.rpartition(".")[0] not in fresh]
+    if unknown and (checkpoint.quantized or task == "language"):
+        raise IncompatibleError(
+            f"{checkpoint.folder}: {len(unknown)} weights of {type(model).__name__} are not in the checkpoint: {shortened(unknown, 3)}",
+            hint="check that config.json belongs to these weights, and --task",
+        )
+    if unknown:
+        return _load_by_transformers(checkpoint, task, codec, dtype, labels, seed, device)
+    return _Loader(model, checkpoint, names, codec, dtype, device).load(fresh, seed, progress)
+
+
+def _refuse_other_codec(checkpoint: LogicalCheckpoint, codec: Codec | None) -> None:
+    held = {item.codec.name for item in checkpoint.quantized.values()}
+    wanted = codec.name if codec else "bf16"
+    if held and held != {wanted}:
+        raise IncompatibleError(
+            f"{checkpoint.folder} is stored in {', '.join(sorted(held))}, the run asks for {wanted}",
+            hint=f"train with --{sorted(held)[0]}, or give the 16-bit model",
+        )
+
+
+def _names(model: Any, checkpoint: LogicalCheckpoint) -> dict[str, str | None]:
+    """Parameter or persistent buffer of ``model`` -> tensor of the checkpoint, ``None`` where there is none. Tied parameters appear once."""
+    wanted = [name for name, _ in model.named_parameters()] + [name for name in model.state_dict() if name in dict(model.named_buffers())]
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    ties = checkpoint.ties
+    rules: list[Callable[[str], str]] = [lambda name: name, lambda name: name.removeprefix(prefix), lambda name: prefix + name]
+    rule = max(rules, key=lambda rule: sum(rule(name) in checkpoint.specs for name in wanted))
+
+    def find(name: str) -> str | None:
+        for candidate in (name, rule(name), ties.get(name, name), ties.get(rule(name), name)):
+            if candidate in checkpoint.specs:
+                return candidate
+        return None
+
+    return {name: find(name) for name in wanted}
+
+
+class _Loader:
+    """Fills one empty model from one checkpoint."""
+
+    def __init__(
+        self, model: Any, checkpoint: LogicalCheckpoint, names: Mapping[str, str | None], codec: Codec | None, dtype: torch.dtype, device: str
+    ) -> None:
+        self._model, self._checkpoint, self._names, self._codec, self._dtype, self._device = model, checkpoint, names, codec, dtype, device
+        self._sha256: dict[str, str] = {}
+
+    def load(self, fresh: list[str], seed: int, progress: Progress) -> Base:
+        frozen = {path: module for path, module in self._model.named_modules() if self._freezes(path, module)}
+        with progress.task("load the base", len(self._names), "tensors") as task:
+            with ThreadPoolExecutor(2) as pool:  # reading and hashing one while another is encoded
+                for path, layer in pool.map(lambda item: (item[0], self._frozen(*item)), frozen.items()):
+                    self._model.set_submodule(path, layer)
+                    task.advance(1, path)
+            for name, stored in self._names.items():
+                if stored is not None and name.rpartition(".")[0] not in frozen:
+                    self._place(name, self._read(stored))
+                    task.advance(1, name)
+        self._initialise(fresh, seed)
+        self._model.tie_weights()
+        self._model.to(self._device).requires_grad_(False)
+        tensor_of = {path: str(self._names[f"{path}.weight"]) for path in frozen}
+        others = {name.removesuffix(".weight"): stored for name, stored in self._names.items() if stored and name.endswith(".weight")}
+        return Base(self._model, self._checkpoint, {**others, **tensor_of}, tuple(fresh), dict(sorted(self._sha256.items())))
+
+    def _freezes(self, path: str, module: nn.Module) -> bool:
+        name = self._names.get(f"{path}.weight")
+        return name is not None and freezes(self._checkpoint, name, module)
+
+    def _frozen(self, path: str, module: nn.Module) -> nn.Module:
+        name = str(self._names[f"{path}.weight"])
+        bias = self._names.get(f"{path}.bias")
+        bias_tensor = self._read(bias).to(self._dtype) if bias else None
+        item = self._checkpoint.quantized.get(name)
+        if item is not None:  # its very bytes
+            spec = TensorSpec(item.spec.name, dtype_of(self._dtype).name, item.spec.shape)
+            return freeze_layer(module, StoredWeight(item.codec, spec, self._parts(item)), bias_tensor)
+        dense = self._read(name)
+        if self._checkpoint.family.stores_inputs_first(name, tuple(dense.shape)):
+            dense = dense.T.contiguous()
+        return freeze_layer(module, store(name, dense, self._codec, self._dtype, self._device), bias_tensor)
+
+    def _parts(self, item: Stored) -> dict[str, torch.Tensor]:
+        parts = {part: self._checkpoint.stored.read(part) for part in item.parts}
+        self._sha256.update({part: tensor_sha256(tensor) for part, tensor in parts.items()})
+        return parts
+
+    def _read(self, name: str) -> torch.Tensor:
+        """A stored tensor, whose bytes are hashed in passing."""
+        stored = name in self._checkpoint.stored.specs and name not in self._checkpoint.quantized
+        tensor = (self._checkpoint.stored if stored else self._checkpoint).read(name)
+        self._sha256[name] = tensor_sha256(tensor)
+        return tensor
+
+    def _place(self, name: str, value: torch.Tensor) -> None:
+        path, _, leaf = name.rpartition(".")
+        module = self._model.get_submodule(path)
+        value = value.to(self._dtype) if value.is_floating_point() else value
+        expected = getattr(module, leaf).shape
+        if value.shape != expected:
+            raise IncompatibleError(
+                f"{self._checkpoint.folder}: `{name}` is {list(value.shape)}, the model has {list(expected)}",
+                hint="config.json does not belong to these weights",
+            )
+        if leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        else:
+            module._buffers[leaf] = value
+
+    def _initialise(self, fresh: list[str], seed: int) -> None:
+        """A new head as transformers starts one: normal weights of the config's standard deviation, zero bias; seeded."""
+        generator = torch.Generator().manual_seed(seed)
+        deviation = float(getattr(self._model.config, "initializer_range", 0.02) or 0.02)
+        for path in fresh:
+            module = self._model.get_submodule(path)
+            for leaf, parameter in list(module._parameters.items()):
+                if parameter is not None and parameter.device.type == "meta":
+                    value = torch.randn(parameter.shape, generator=generator) * deviation if leaf == "weight" else torch.zeros(parameter.shape)
+                    module._parameters[leaf] = nn.Parameter(value.to(self._dtype), requires_grad=False)
+
+
+def freezes(checkpoint: LogicalCheckpoint, tensor: str, module: nn.Module) -> bool:
+    """Whether the weight ``tensor`` of ``module`` is held in stored form: linears that are neither head nor embedding, and convolutions."""
+    role = checkpoint.family.role(tensor.rpartition(".")[0])
+    return can_freeze(module) and role not in ("embedding", "head", "norm") and checkpoint.specs[tensor].numel >= MIN_ELEMENTS
+
+
+def store(name: str, dense: torch.Tensor, codec: Codec | None, dtype: torch.dtype, device: str = "cpu") -> StoredWeight:
+    """``dense`` [O, I, ...] as ``codec`` stores it, decoding to ``dtype``. Weights that the codec has no form for stay dense."""
+    recorded = spec_of(name, dense)
+    if codec is None or (codec.name == "int8" and dense.ndim != 2):
+        value = dense.to(dtype)
+        return StoredWeight(None, spec_of(name, value), {name: value})
+    parts = codec.encode(recorded, dense.to(device))
+    return StoredWeight(codec, TensorSpec(name, dtype_of(dtype).name, recorded.shape), parts)
+
+
+def _load_by_transformers(
+    checkpoint: LogicalCheckpoint, task: str, codec: Codec | None, dtype: torch.dtype, labels: tuple[str, ...], seed: int, device: str
+) -> Base:
+    """The general way: a dense model by ``from_pretrained``, then layer by layer into stored form."""
+    logging.disable_progress_bar()
+    settings: dict[str, Any] = {"num_labels": len(labels), "ignore_mismatched_sizes": True} if labels else {}
+    torch.manual_seed(seed)
+    loaded, report = _CLASSES[task].from_pretrained(
+        Path(checkpoint.folder), dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True, **settings
+    )
+    fresh = sorted({name.rpartition(".")[0] for name in report["missing_keys"]})
+    if strangers := [path for path in fresh if checkpoint.family.role(path) != "head"]:
+        raise IncompatibleError(
+            f"{checkpoint.folder}: {type(loaded).__name__} also needs {shortened(strangers, 3)}, which the checkpoint does not hold",
+            hint="check that config.json belongs to these weights, and --task",
+        )
+    tensor_of = {}
+    for path, module in list(loaded.named_modules()):
+        if (
+            can_freeze(module)
+            and path not in fresh
+            and checkpoint.family.role(path) not in ("embedding", "head", "norm")
+            and module.weight.numel() >= MIN_ELEMENTS
+        ):
+            dense = module.weight.detach()
+            dense = dense.T.contiguous() if checkpoint.family.stores_inputs_first(f"{path}.weight", tuple(dense.shape)) else dense
+            bias = None if module.bias is None else module.bias.detach()
+            loaded.set_submodule(path, freeze_layer(module, store(f"{path}.weight", dense, codec, dtype, device), bias))
+            tensor_of[path] = f"{path}.weight"
+    loaded.eval().to(device).requires_grad_(False)
+    return Base(loaded, checkpoint, tensor_of, tuple(fresh))

@@ -1,0 +1,293 @@
+"""The training loop: one for decoders, encoders and images; rows give the batches, a loss gives the sum over targets.
+
+A step takes ``accum`` micro-batches per process, divides the summed loss by the number of targets in all of them on all processes (so batch 8
+and 8 x 1 are the same step), clips, moves the masters and rounds them into the model. Under torchrun every process holds
+the frozen base and its share of the rows; the one exchange of a step is the sum of the adapter's gradients. Everything that
+happens is an event for the listener; this file draws nothing and knows no files but the run's checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_tools.errors import NonFiniteError
+from qlora_tools.progress import SILENT, Progress
+from qlora_tools.training import events
+from qlora_tools.training.config import TrainConfig
+from qlora_tools.training.loss import Loss
+from qlora_tools.training.optimizers import Masters, export_state, import_state, make_optimizer, rate_factor, set_rate
+from qlora_tools.training.order import batches
+from qlora_tools.training.ranks import growth, pad_state, widen
+from qlora_tools.training.rows import Batch, Indices, Rows
+from qlora_tools.training.state import Progressed, load_state, save_state, seed_everything
+from qlora_tools.training.world import World
+
+_EVALUATIONS = 10
+
+
+@dataclass
+class Run:
+    """One run in motion. ``model`` is PEFT's, on its device, with the parameters that ``masters`` copies; ``folder`` takes checkpoints."""
+
+    model: Any
+    masters: Masters
+    rows: Rows
+    loss: Loss
+    config: TrainConfig
+    steps: int
+    folder: Path | None = None
+    held_out: Rows | None = None
+    listen: events.Listener = events.silent
+    world: World = field(default_factory=World)
+    sample: Callable[[str], str] | None = None
+    progressed: Progressed = field(default_factory=Progressed)
+    peak_bytes: Callable[[], int] = lambda: 0
+
+    def __post_init__(self) -> None:
+        self.optimizer = make_optimizer(self.masters, self.config)
+        self.growth = dict(growth(self.config, self.steps))
+        self.rank = self.config.start_rank
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.masters.values.values())).device
+
+    @property
+    def eval_every(self) -> int:
+        return self.config.eval_every or max(1, self.steps // _EVALUATIONS)
+
+    @property
+    def save_every(self) -> int:
+        return self.config.save_every or self.eval_every
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.config.batch * self.config.accum * self.world.size
+
+
+def train(run: Run, progress: Progress = SILENT) -> str:
+    """Train from where ``run.progressed`` stands to the end. Returns ``done``, ``early`` (no better evaluation in sight) or ``interrupted``.
+
+    On an interruption the step in flight is finished and the state saved.
+
+    Raises:
+        NonFiniteError: the loss is no longer a number.
+    """
+    started, before = time.perf_counter(), run.progressed.seconds
+    source = micro_batches(run)
+    with interruptions() as interrupted, neftune(run.model, run.config.neftune), progress.task("train", run.steps, "steps") as task:
+        task.advance(run.progressed.step, "")
+        while run.progressed.step < run.steps:
+            grow(run)
+            record = _step(run, next(source))
+            run.progressed.seconds = before + time.perf_counter() - started
+            run.listen(record)
+            task.advance(1, f"loss {record.loss:.3f}  lr {record.lr:.2g}  |g| {record.grad_norm:.2g}  {record.tokens_per_s:,.0f} tok/s")
+            at_end = run.progressed.step == run.steps
+            if run.held_out is not None and (at_end or run.progressed.step % run.eval_every == 0):
+                _evaluate(run)
+            if run.sample and (at_end or run.progressed.step % run.eval_every == 0):
+                _show_samples(run)
+            early = run.config.patience is not None and run.progressed.stale >= run.config.patience
+            stopping = run.world.any(interrupted())
+            if stopping or early or at_end or run.progressed.step % run.save_every == 0:
+                _save(run)
+            if stopping and not at_end:
+                return "interrupted"
+            if early:
+                return "early"
+    return "done"
+
+
+def micro_batches(run: Run) -> Iterator[list[Indices]]:
+    """For each step from the present one on: this process's row numbers, micro-batch by micro-batch."""
+    per_process = run.config.batch * run.config.accum
+    start = run.progressed.step * run.rows_per_step
+    for chosen in batches(len(run.rows), run.rows_per_step, run.config.seed, start=start):
+        mine = chosen[run.world.rank :: run.world.size]
+        assert len(mine) == per_process, (len(mine), per_process)
+        yield [mine[at : at + run.config.batch] for at in range(0, per_process, run.config.batch)]
+
+
+def _step(run: Run, chosen: list[Indices]) -> events.Step:
+    began = time.perf_counter()
+    step = run.progressed.step
+    loaded = [run.rows.batch(rows) for rows in chosen]
+    counts = torch.tensor([sum(batch.count for batch in loaded), sum(batch.tokens for batch in loaded)], dtype=torch.float64, device=run.device)
+    run.world.sum(counts)
+    targets, tokens = (int(value) for value in counts.tolist())
+    total = torch.zeros((), dtype=torch.float64, device=run.device)
+    run.model.train()
+    for number, batch in enumerate(loaded):
+        seed_everything(run.config.seed, "step", step, number, run.world.rank)
+        total += backward(run, batch, targets)
+    if run.world.size > 1:
+        flat = run.masters.flat_gradients()
+        run.world.sum(flat, total)
+        run.masters.set_flat_gradients(flat)
+    loss = float(total)
+    if not math.isfinite(loss):
+        raise NonFiniteError(f"the loss is {loss} at step {step + 1}", hint="lower --lr, raise --warmup, or look at the rows of this step")
+    norm = run.masters.clip(run.config.clip)
+    lr = set_rate(run.optimizer, rate_factor(run.config, step, run.steps))
+    run.optimizer.step()
+    run.masters.publish()
+    run.masters.clear()
+    seconds = time.perf_counter() - began
+    run.progressed.step += 1
+    run.progressed.tokens += tokens
+    run.progressed.note_loss(loss)
+    epoch = run.progressed.step * run.rows_per_step / len(run.rows)
+    return events.Step(run.progressed.step, run.steps, epoch, loss, lr, norm, tokens, targets, tokens / seconds, run.peak_bytes(), seconds, run.rank)
+
+
+def backward(run: Run, batch: Batch, targets: int) -> torch.Tensor:
+    """One micro-batch: its share of the loss of a step with ``targets`` targets, detached; gradients go to the masters."""
+    loss, _ = run.loss(run.model, batch.to(run.device))
+    share = loss / max(1, targets)
+    share.backward()
+    run.masters.gather()
+    return share.detach().double()
+
+
+def grow(run: Run) -> None:
+    """Widen the adapter where the run's ranks grow at this step; new directions have no effect yet."""
+    rank = run.growth.get(run.progressed.step)
+    if rank is None or rank == run.rank:
+        return
+    mapping = widen(run.model, rank, run.config.seed)
+    states = {name: dict(run.optimizer.state.get(value, {})) for name, value in run.masters.values.items()}
+    old = run.masters
+    run.masters = Masters(mapping)
+    for name, value in run.masters.values.items():
+        before = old.values[name]
+        with torch.no_grad():  # the masters keep what bf16 rounded away
+            value[tuple(slice(0, extent) for extent in before.shape)] = before
+    run.optimizer = make_optimizer(run.masters, run.config)
+    for name, state in states.items():
+        if state:
+            run.optimizer.state[run.masters.values[name]] = pad_state(state, run.masters.values[name].shape)
+    run.rank = rank
+
+
+@torch.no_grad()
+def evaluate(run: Run, rows: Rows) -> tuple[float, float | None]:
+    """(mean loss per target, accuracy where the loss counts one) over ``rows``, shared out over the processes."""
+    was_training = run.model.training
+    run.model.eval()
+    sums = torch.zeros(3, dtype=torch.float64, device=run.device)
+    counted = False
+    mine = range(run.world.rank, len(rows), run.world.size)
+    for start in range(0, len(mine), run.config.batch):
+        batch = rows.batch(list(mine[start : start + run.config.batch]))
+        loss, correct = run.loss(run.model, batch.to(run.device))
+        sums += torch.stack(
+            [loss.double(), torch.tensor(float(batch.count), device=run.device), (correct if correct is not None else loss * 0).double()]
+        ).double()
+        counted = counted or correct is not None
+    run.world.sum(sums)
+    run.model.train(was_training)
+    total, count, correct_sum = sums.tolist()
+    return total / max(1.0, count), correct_sum / max(1.0, count) if counted else None
+
+
+def _evaluate(run: Run) -> None:
+    assert run.held_out is not None
+    loss, accuracy = evaluate(run, run.held_out)
+    state = run.progressed
+    best = state.best_loss is None or loss < state.best_loss
+    if best:
+        state.best_loss, state.best_step, state.stale = loss, state.step, 0
+    else:
+        state.stale += 1
+    run.listen(events.Evaluation(state.step, loss, best, accuracy))
+    if best and state.step % run.save_every != 0:
+        _save(run)
+
+
+def _show_samples(run: Run) -> None:
+    assert run.sample is not None
+    for prompt in run.config.samples:
+        run.listen(events.Sample(run.progressed.step, prompt, run.sample(prompt)))
+
+
+def _save(run: Run) -> None:
+    if run.folder is None or run.world.rank:
+        return
+    tensors, plain = export_state(run.optimizer, run.masters.values, run.masters)
+    masters = {f"master/{name}": value for name, value in run.masters.values.items()}
+    name = save_state(run.folder, {**masters, **{f"optimizer/{key}": value for key, value in tensors.items()}}, plain, run.progressed, run.config.keep)
+    run.listen(events.Saved(run.progressed.step, name))
+
+
+def restore(run: Run, path: Path) -> None:
+    """Put ``run`` where the checkpoint at ``path`` stood."""
+    tensors, plain, progressed = load_state(path)
+    run.progressed = progressed
+    reached = [rank for step, rank in sorted(run.growth.items()) if step < progressed.step]
+    if reached and reached[-1] != run.rank:
+        run.masters = Masters(widen(run.model, reached[-1], run.config.seed))
+        run.optimizer = make_optimizer(run.masters, run.config)
+        run.rank = reached[-1]
+    adopt(run.masters, tensors)
+    states = {key.removeprefix("optimizer/"): value for key, value in tensors.items() if key.startswith("optimizer/")}
+    import_state(run.optimizer, states, plain, run.masters)
+
+
+def adopt(masters: Masters, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Take the masters of a checkpoint and publish them."""
+    with torch.no_grad():
+        for name, value in masters.values.items():
+            value.copy_(tensors[f"master/{name}"])
+    masters.publish()
+
+
+@contextmanager
+def interruptions() -> Iterator[Callable[[], bool]]:
+    """Inside the block the first SIGINT or SIGTERM only raises a flag, which the yielded function reads; a second one interrupts at once."""
+    flag = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag.is_set
+        return
+
+    def note(number: int, frame: Any) -> None:
+        if flag.is_set():
+            raise KeyboardInterrupt
+        flag.set()
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield flag.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def neftune(model: Any, alpha: float) -> Iterator[None]:
+    """Uniform noise of ``alpha / sqrt(T D)`` on the embeddings while training (Jain et al. 2023)."""
+    if not alpha:
+        yield
+        return
+
+    def disturb(module: torch.nn.Module, inputs: Any, embedded_BTD: torch.Tensor) -> torch.Tensor:
+        if not module.training:
+            return embedded_BTD
+        extent = alpha / math.sqrt(embedded_BTD.shape[1] * embedded_BTD.shape[2])
+        return embedded_BTD + torch.empty_like(embedded_BTD).uniform_(-extent, extent)
+
+    handle = model.get_input_embeddings().register_forward_hook(disturb)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,278 @@
+"""The parts of a training run put together: what it will be (from headers), and the model, loss and loop state in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from qlora_tools.adapters.merged import base_fingerprint
+from qlora_tools.checkpoint.logical import LogicalCheckpoint
+from qlora_tools.errors import IncompatibleError, UnsupportedError
+from qlora_tools.progress import Progress
+from qlora_tools.quant.codec import Codec
+from qlora_tools.training import events
+from qlora_tools.training.allocator import peak_bytes, return_freed_blocks
+from qlora_tools.training.base import Base, build_empty, load_base
+from qlora_tools.training.config import TrainConfig
+from qlora_tools.training.fused import fuse
+from qlora_tools.training.loop import Run, backward, restore
+from qlora_tools.training.lora import adapter_state, choose_modules, inject, rank_of, save_adapter, sides, trainable_parameters
+from qlora_tools.training.loss import LanguageLoss, Loss, label_loss
+from qlora_tools.training.masks import EncodeReport
+from qlora_tools.training.optimizers import Masters
+from qlora_tools.training.order import steps_in
+from qlora_tools.training.packing import check_isolation
+from qlora_tools.training.ranks import by_need, measure_need
+from qlora_tools.training.samples import continue_text
+from qlora_tools.training.state import RunIdentity, seed_everything
+from qlora_tools.training.world import World
+from qlora_tools.verbs.opening import folder_name
+from qlora_tools.verbs.quantize import codec_for
+from qlora_tools.verbs.training_data import Data
+
+_TASK_TYPES = {"language": "CAUSAL_LM", "classification": "SEQ_CLS", "image": None}
+_NEED_BATCHES = 4
+_PROBE_STEPS = 2
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """The resolved run. ``ranks``: module path -> rank (by measured need: the mean until it is measured). ``estimate``: of peak memory."""
+
+    base: str
+    task: str
+    modules: tuple[str, ...]
+    ranks: Mapping[str, int]
+    trainable_parameters: int
+    total_parameters: int
+    steps: int
+    epochs: float
+    rows: int
+    data: EncodeReport
+    preview: tuple[tuple[str, bool], ...]
+    estimate: Any = None
+    seconds_per_step: float | None = None
+
+
+def codec_of(config: TrainConfig) -> Codec | None:
+    """How the base is held; ``None``: dense."""
+    return None if config.base_format == "bf16" else codec_for(config.base_format, block_size=config.block_size, double_quant=config.double_quant)
+
+
+def compute_dtype(config: TrainConfig, device: str) -> torch.dtype:
+    """bf16, or fp32 where it is asked for or where the processor multiplies bf16 by emulation."""
+    if config.compute != "auto":
+        return torch.bfloat16 if config.compute == "bf16" else torch.float32
+    if device.startswith("cuda"):
+        return torch.bfloat16
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return torch.bfloat16 if any(found.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16", "arm_bf16")) else torch.float32
+
+
+def plan_run(checkpoint: LogicalCheckpoint, made: Data, config: TrainConfig, device: str, processes: int, teacher: LogicalCheckpoint | None) -> TrainPlan:
+    """Settle targets, ranks, steps and memory from headers and data alone.
+
+    Raises:
+        UsageError, UnsupportedError, IncompatibleError: targets, ranks, model or teacher do not fit.
+    """
+    empty = build_empty(checkpoint, made.task, made.labels)
+    if teacher is not None and teacher.config.get("vocab_size") != checkpoint.config.get("vocab_size"):
+        raise IncompatibleError(
+            f"the teacher predicts {teacher.config.get('vocab_size')} tokens, the base {checkpoint.config.get('vocab_size')}",
+            hint="a teacher shares the base's tokenizer",
+        )
+    if teacher is not None and made.task != "language":
+        raise UnsupportedError(f"--teacher with the task {made.task}", hint="distillation is for language models")
+    modules = choose_modules(empty, checkpoint.family, config.targets)
+    ranks = rank_of(empty, modules, config)
+    layers = dict(empty.named_modules())
+    trainable = sum(rank * sum(sides(layers[path])) for path, rank in ranks.items())
+    per_step = config.batch * config.accum * processes
+    steps = config.steps or steps_in(config.epochs or 1.0, len(made.rows), per_step)
+    return TrainPlan(
+        base=folder_name(checkpoint.folder),
+        task=made.task,
+        modules=tuple(modules),
+        ranks=ranks,
+        trainable_parameters=trainable,
+        total_parameters=sum(parameter.numel() for parameter in empty.parameters()) + trainable,
+        steps=steps,
+        epochs=steps * per_step / len(made.rows),
+        rows=len(made.rows),
+        data=made.report,
+        preview=made.preview,
+    )
+
+
+@dataclass
+class Prepared:
+    """A run in memory, with what its output needs to say about it."""
+
+    run: Run
+    base: Base
+    plan: TrainPlan
+    identity: RunIdentity
+    folder: Path
+    checkpointing: bool
+    probe_bytes: int | None = None
+
+    def restore(self, path: Path) -> None:
+        """Put the run where the checkpoint at ``path`` stood."""
+        restore(self.run, path)
+
+    def started(self) -> events.Started:
+        """The event that opens the run."""
+        masters = self.run.masters.values
+        return events.Started(
+            steps=self.run.steps,
+            resumed_at=self.run.progressed.step,
+            trainable_parameters=sum(value.numel() for value in masters.values()),
+            total_parameters=self.plan.total_parameters,
+            rows=len(self.run.rows),
+            tokens_per_epoch=self.run.rows.tokens_per_epoch,
+            epochs=self.plan.epochs,
+            base_bytes=self.base.bytes,
+            checkpointing=self.checkpointing,
+            estimate_bytes=self.plan.estimate.total_bytes if self.plan.estimate is not None else None,
+            probe_bytes=self.probe_bytes,
+        )
+
+    def base_tensors(self) -> dict[str, str]:
+        """sha256 of the base's stored tensors under the adapter, where it is known."""
+        recorded = base_fingerprint(self.base.checkpoint)
+        found = {}
+        for path in self.plan.modules:
+            name = self.base.tensor_of[path]
+            sha256 = self.base.sha256.get(name) if name not in self.base.checkpoint.quantized else recorded(name)
+            if sha256:
+                found[name] = sha256
+        return dict(sorted(found.items()))
+
+
+def prepare_run(
+    checkpoint: LogicalCheckpoint,
+    made: Data,
+    plan: TrainPlan,
+    config: TrainConfig,
+    device: str,
+    world: World,
+    teacher: LogicalCheckpoint | None,
+    folder: Path,
+    progress: Progress,
+) -> Prepared:
+    """Load the base, put the adapter on it, and measure two steps."""
+    if device == "cpu":
+        return_freed_blocks()
+    dtype = compute_dtype(config, device)
+    base = load_base(checkpoint, made.task, codec_of(config), dtype=dtype, labels=made.labels, seed=config.seed, device=device, progress=progress)
+    if config.pack:
+        check_isolation(lambda **inputs: base.model(**inputs, use_cache=False).logits, base.model.config.get_text_config().vocab_size, device)
+    model, ranks = _adapted(base, made, plan, config, dtype, checkpoint)
+    checkpointing = config.checkpointing == "on" or (config.checkpointing == "auto" and plan.estimate is not None and plan.estimate.checkpointing)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    fuse(model)
+    loss = _loss(base, made.task, teacher, config, dtype, device, progress)
+    run = Run(
+        model=model,
+        masters=Masters(trainable_parameters(model)),
+        rows=made.rows,
+        loss=loss,
+        config=config,
+        steps=plan.steps,
+        folder=folder,
+        held_out=made.held_out,
+        world=world,
+        sample=_sampler(model, made, config),
+        peak_bytes=lambda: peak_bytes(device),
+    )
+    identity = RunIdentity(
+        config=config.record(),
+        base=folder_name(checkpoint.folder),
+        base_sha256=base.identity,
+        data="rows",
+        data_sha256=made.rows.sha256,
+        val="rows" if made.held_out is not None else None,
+        val_sha256=made.held_out.sha256 if made.held_out is not None else None,
+        teacher=teacher.stored.headers_sha256() if teacher is not None else None,
+        world=world.size,
+    )
+    prepared = Prepared(run, base, dataclasses.replace(plan, ranks=ranks), identity, folder, checkpointing)
+    prepared.probe_bytes = _probe(run, device)
+    return prepared
+
+
+def _adapted(
+    base: Base, made: Data, plan: TrainPlan, config: TrainConfig, dtype: torch.dtype, checkpoint: LogicalCheckpoint
+) -> tuple[PeftModel, Mapping[str, int]]:
+    """The PEFT model, at ranks by measured need where the config asks for it."""
+    heads = base.fresh or tuple(_heads(base.model, checkpoint) if made.task != "language" else ())
+
+    def put(ranks: Mapping[str, int], chosen: TrainConfig) -> PeftModel:
+        originals: Callable[[str], torch.Tensor] | None = None
+        if chosen.init == "loftq" and not checkpoint.quantized:
+            originals = lambda path: checkpoint.read(base.tensor_of[path])  # noqa: E731
+        return inject(base.model, ranks, chosen, _TASK_TYPES[made.task], heads=heads, originals=originals, dtype=dtype)
+
+    if config.rank_budget is None:
+        return put(plan.ranks, config), plan.ranks
+    model = put(plan.ranks, dataclasses.replace(config, init="default", start_rank=None, rank_budget=None))
+    loss = _task_loss(base.model, made.task)
+    seed_everything(config.seed, "need")
+    numbers = range(0, len(made.rows), max(1, len(made.rows) // (_NEED_BATCHES * config.batch)))
+    chosen_rows = list(numbers)[: _NEED_BATCHES * config.batch]
+    groups = [chosen_rows[at : at + config.batch] for at in range(0, len(chosen_rows), config.batch)]
+    device = next(model.parameters()).device
+    norms = measure_need(model, (made.rows.batch(group).to(device) for group in groups), lambda m, batch: loss(m, batch)[0])
+    layers = dict(model.get_base_model().named_modules())
+    dims = {path: sides(layers[path].base_layer) for path in norms}
+    ranks = by_need(norms, dims, config.rank_budget, config.rank)
+    model.unload()  # the base has its own layers again
+    return put(ranks, config), ranks
+
+
+def _heads(model: Any, checkpoint: LogicalCheckpoint) -> Iterable[str]:
+    """The task's own head: linears with the family's role of a head."""
+    return [path for path, module in model.named_modules() if isinstance(module, torch.nn.Linear) and checkpoint.family.role(path) == "head"]
+
+
+def _task_loss(causal: Any, task: str) -> Loss:
+    return LanguageLoss(causal) if task == "language" else label_loss
+
+
+def _loss(base: Base, task: str, teacher: LogicalCheckpoint | None, config: TrainConfig, dtype: torch.dtype, device: str, progress: Progress) -> Loss:
+    if task != "language" or teacher is None:
+        return _task_loss(base.model, task)
+    held = {item.codec.name: item.codec for item in teacher.quantized.values()}
+    guide = load_base(teacher, "language", next(iter(held.values()), None), dtype=dtype, device=device, progress=progress).model
+    return LanguageLoss(base.model, teacher=guide, teacher_weight=config.teacher_weight, temperature=config.temperature)
+
+
+def _sampler(model: Any, made: Data, config: TrainConfig) -> Callable[[str], str] | None:
+    if not config.samples or made.task != "language":
+        return None
+    return lambda prompt: continue_text(model, made.tokenizer, prompt, config.sample_tokens, chat=made.chat)
+
+
+def _probe(run: Run, device: str) -> int:
+    """Peak bytes after forward and backward passes over the batch with the longest rows; nothing of the run changes."""
+    longest = run.rows.longest()
+    run.model.train()
+    for number in range(_PROBE_STEPS):
+        seed_everything(run.config.seed, "probe", number)
+        backward(run, run.rows.batch([longest] * run.config.batch), 1)
+    run.masters.clear()
+    return peak_bytes(device)
+
+
+def write_adapter(folder: Path, ready: Prepared, values: Mapping[str, torch.Tensor], base_name: str) -> None:
+    """The PEFT files of the run's adapter, from fp32 ``values``."""
+    config, tensors = adapter_state(ready.run.model, values, base_model=base_name)
+    save_adapter(folder, config, tensors)
