@@ -31,6 +31,7 @@ format: .venv/installed
 bench-peers: .venv/installed
 	$(BIN)/python benchmarks/quantize_speed.py
 	$(BIN)/python benchmarks/extract_vs_mergekit.py
+	$(BIN)/python benchmarks/train_vs_peft.py
 	$(BIN)/python benchmarks/export_vs_genai.py --pairs 5
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/tables.py

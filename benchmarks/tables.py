@@ -10,6 +10,7 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,68 +35,78 @@ def interval(found: dict[str, Any]) -> str:
 
 def peers() -> str:
     """One row per claim against another tool: what, ours, theirs, ratio, bar."""
-    rows = []
-    if found := result("extract_vs_mergekit"):
-        walls = {name: [run[name]["wall_s"] for run in found["runs"]] for name in ("qlt", "mergekit")}
-        peaks = {name: max(run[name]["peak_bytes"] for run in found["runs"]) / 1e6 for name in ("qlt", "mergekit")}
-        rows.append(
-            [
-                "extract, 350 M, rank 16: time",
-                f"{median(walls['qlt']):.1f} s",
-                f"{median(walls['mergekit']):.0f} s (mergekit)",
-                f"{interval(found['times_faster'])} x faster",
-                ">= 20",
-            ]
-        )
-        rows.append(["… peak memory", f"{peaks['qlt']:.0f} MB", f"{peaks['mergekit']:.0f} MB", f"{found['peak_share']:.2f} of theirs", "<= 0.5"])
-        rows.append(
-            ["… error above the optimum", f"{found['error_above_optimum']['qlt']:.1e}", f"{found['error_above_optimum']['mergekit']:.1e}", "", "<= 1e-4"]
-        )
-    if found := result("quantize_speed"):
-        for row in found["rows"]:
-            if row["operation"] == "quantize" and row["shape"] in ([4096, 4096], [11008, 4096]) and row["threads"] == 1:
-                low, high = row["ratio_ci95"]
-                rows.append(
-                    [
-                        f"NF4 + DQ, {row['shape'][0]} x {row['shape'][1]}, bytes equal, 1 thread",
-                        f"{row['ours_ms']:.0f} ms",
-                        f"{row['theirs_ms']:.0f} ms (bitsandbytes)",
-                        f"{row['ratio']:.1f} [{low:.1f}, {high:.1f}] x faster",
-                        ">= 10",
-                    ]
-                )
-    if found := result("export_vs_genai"):
-        for scheme, item in found["exports"].items():
-            ours, theirs = (median(item["wall_s"][side]) for side in ("ours", "theirs"))
-            rows.append(
-                [f"export {scheme}, 350 M: time", f"{ours:.1f} s", f"{theirs:.1f} s (genai builder)", f"{interval(item['times_faster'])} x faster", ">= 3"]
-            )
-            ours, theirs = (median(item["peak_bytes"][side]) / 1e6 for side in ("ours", "theirs"))
-            rows.append(["… peak memory", f"{ours:.0f} MB", f"{theirs:.0f} MB", f"{item['peak_share']:.2f} of theirs", "<= 0.33"])
-        for scheme, item in found["graphs"].items():
-            bar = {"prefill": ">= 1.5", "decode": ">= 1.0", "kl": "<= 1.0"} if scheme == "int8" else dict.fromkeys(("prefill", "decode", "kl"), "")
-            rows.append(
-                [
-                    f"{scheme} graph, 350 M: prefill of 128 tokens",
-                    f"{item['prefill_ms']['ours']:.0f} ms",
-                    f"{item['prefill_ms']['theirs']:.0f} ms",
-                    f"{interval(item['prefill_times_faster'])} x faster",
-                    bar["prefill"],
-                ]
-            )
-            rows.append(
-                [
-                    "… decode step",
-                    f"{item['decode_ms']['ours']:.1f} ms",
-                    f"{item['decode_ms']['theirs']:.1f} ms",
-                    f"{interval(item['decode_times_faster'])} x faster",
-                    bar["decode"],
-                ]
-            )
-            rows.append(
-                ["… KL to fp32", f"{item['kl_mean']['ours']:.1e}", f"{item['kl_mean']['theirs']:.1e}", f"{interval(item['kl_share'])} of theirs", bar["kl"]]
-            )
+    rows = [*extraction(), *quantization(), *training(), *exports(), *graphs()]
     return table(["what", "qlt", "peer", "ratio [95 %]", "wanted"], rows)
+
+
+def extraction() -> Iterator[list[str]]:
+    if found := result("extract_vs_mergekit"):
+        walls = {name: median([run[name]["wall_s"] for run in found["runs"]]) for name in ("qlt", "mergekit")}
+        peaks = {name: max(run[name]["peak_bytes"] for run in found["runs"]) / 1e6 for name in ("qlt", "mergekit")}
+        above = found["error_above_optimum"]
+        yield [
+            "extract, 350 M, rank 16: time",
+            f"{walls['qlt']:.1f} s",
+            f"{walls['mergekit']:.0f} s (mergekit)",
+            f"{interval(found['times_faster'])} x faster",
+            ">= 20",
+        ]
+        yield ["… peak memory", f"{peaks['qlt']:.0f} MB", f"{peaks['mergekit']:.0f} MB", f"{found['peak_share']:.2f} of theirs", "<= 0.5"]
+        yield ["… error above the optimum", f"{above['qlt']:.1e}", f"{above['mergekit']:.1e}", "", "<= 1e-4"]
+
+
+def quantization() -> Iterator[list[str]]:
+    for row in (result("quantize_speed") or {"rows": []})["rows"]:
+        if row["operation"] == "quantize" and row["shape"] in ([4096, 4096], [11008, 4096]) and row["threads"] == 1:
+            low, high = row["ratio_ci95"]
+            what = f"NF4 + DQ, {row['shape'][0]} x {row['shape'][1]}, bytes equal, 1 thread"
+            yield [
+                what,
+                f"{row['ours_ms']:.0f} ms",
+                f"{row['theirs_ms']:.0f} ms (bitsandbytes)",
+                f"{row['ratio']:.1f} [{low:.1f}, {high:.1f}] x faster",
+                ">= 10",
+            ]
+
+
+def training() -> Iterator[list[str]]:
+    for name, place in (("train_vs_peft", "CPU"), ("train_vs_peft_cuda", "CUDA")):
+        if found := result(name):
+            bar = {"CPU": (">= 1.5", "<= 0.8"), "CUDA": (">= 1.4", "<= 0.7")}[place]
+            speeds, peaks = ({side: median([run[side][key] for run in found["runs"]]) for side in found["runs"][0]} for key in ("tokens_per_s", "peak_bytes"))
+            for side, item in found["against"].items():
+                peer = side.replace("peft", "PEFT + Trainer")
+                wanted = bar if side == "peft" else ("", "")
+                what = (
+                    f"train on NF4, {found['shape']}, {found['batch']} x {found['length']}, {place}: tokens/s"
+                    if side == "peft"
+                    else "… the same, peer without checkpointing"
+                )
+                yield [what, f"{speeds['qlt']:,.0f}", f"{speeds[side]:,.0f} ({peer})", f"{interval(item['times_faster'])} x faster", wanted[0]]
+                yield ["… peak memory", f"{peaks['qlt'] / 1e6:,.0f} MB", f"{peaks[side] / 1e6:,.0f} MB", f"{item['peak_share']:.2f} of theirs", wanted[1]]
+    if found := result("train_quality"):
+        perplexity = found["perplexity"]
+        ours, full = min(perplexity["lora"].values()), min(perplexity["full"].values())
+        what = f"LoRA r={found['rank']} on NF4, {found['steps']} steps: perplexity (base {perplexity['base']:.0f})"
+        yield [what, f"{ours:.1f}", f"{full:.1f} (full fine-tune)", f"{100 * found['gain_kept']:.1f} % of the gain", ">= 95 %"]
+
+
+def exports() -> Iterator[list[str]]:
+    for scheme, item in (result("export_vs_genai") or {"exports": {}})["exports"].items():
+        ours, theirs = (median(item["wall_s"][side]) for side in ("ours", "theirs"))
+        yield [f"export {scheme}, 350 M: time", f"{ours:.1f} s", f"{theirs:.1f} s (genai builder)", f"{interval(item['times_faster'])} x faster", ">= 3"]
+        ours, theirs = (median(item["peak_bytes"][side]) / 1e6 for side in ("ours", "theirs"))
+        yield ["… peak memory", f"{ours:.0f} MB", f"{theirs:.0f} MB", f"{item['peak_share']:.2f} of theirs", "<= 0.33"]
+
+
+def graphs() -> Iterator[list[str]]:
+    for scheme, item in (result("export_vs_genai") or {"graphs": {}})["graphs"].items():
+        bar = (">= 1.5", ">= 1.0", "<= 1.0") if scheme == "int8" else ("", "", "")
+        prefill, decode, divergence = item["prefill_ms"], item["decode_ms"], item["kl_mean"]
+        what = f"{scheme} graph, 350 M: prefill of 128 tokens"
+        yield [what, f"{prefill['ours']:.0f} ms", f"{prefill['theirs']:.0f} ms", f"{interval(item['prefill_times_faster'])} x faster", bar[0]]
+        yield ["… decode step", f"{decode['ours']:.1f} ms", f"{decode['theirs']:.1f} ms", f"{interval(item['decode_times_faster'])} x faster", bar[1]]
+        yield ["… KL to fp32", f"{divergence['ours']:.1e}", f"{divergence['theirs']:.1e}", f"{interval(item['kl_share'])} of theirs", bar[2]]
 
 
 def memory() -> str:
@@ -114,7 +125,7 @@ def memory() -> str:
 
 def commands() -> str:
     """Where the rows come from."""
-    names = ("extract_vs_mergekit", "quantize_speed", "export_vs_genai", "memory")
+    names = ("extract_vs_mergekit", "quantize_speed", "train_vs_peft", "train_quality", "export_vs_genai", "memory")
     found = [item["command"] for name in names if (item := result(name))]
     machine = next(item["machine"] for name in names if (item := result(name)))
     return "Made by " + ", ".join(f"`{command}`" for command in found) + f" on {machine['cores']} cores of an {machine['cpu']}."

@@ -6,6 +6,7 @@ import errno
 import gc
 import importlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -76,6 +77,7 @@ def group() -> None:
 def main() -> NoReturn:
     """Entry point of the ``qlt`` command."""
     signal.signal(signal.SIGTERM, _terminate)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional package on every import
     gc.set_threshold(200_000)  # importing torch makes objects that live on; collecting them every 700 costs 0.3 s a start
     arguments = sys.argv[1:]
     try:

@@ -31,12 +31,8 @@ def peak_bytes(device: str) -> int:
     """The peak so far: of the device's allocator on CUDA, else of the whole process."""
     if device.startswith("cuda"):
         return int(torch.cuda.max_memory_allocated(device))
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    if (found := _kilobytes("/proc/self/status", "VmHWM:")) is not None:
+        return found
     if sys.platform == "win32":
         return 0
     import resource
@@ -44,14 +40,24 @@ def peak_bytes(device: str) -> int:
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
 
 
+def resident_bytes() -> int:
+    """What this process holds in memory now; 0 where the system does not say."""
+    return _kilobytes("/proc/self/status", "VmRSS:") or 0
+
+
 def available_bytes(device: str) -> int:
     """What a run may take: free memory of the device, or of the machine."""
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    if (found := _kilobytes("/proc/meminfo", "MemAvailable:")) is not None:
+        return found
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 1 << 62
+
+
+def _kilobytes(path: str, field: str) -> int | None:
+    """The value in bytes of one line of a file that Linux keeps; ``None`` on other systems."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), None)

@@ -1,7 +1,8 @@
 """A checkpoint as a frozen torch model: linears in the form a codec stores, everything else in the compute dtype.
 
 Weights stream in one tensor at a time and are encoded on the way, so memory never holds the dense model. The model's class is
-built without weights; each of its parameters must then find its tensor in the checkpoint, the head of a new task excepted.
+built without weights; each of its parameters must then find its tensor in the checkpoint, the head of a new task excepted (a stored
+head for another number of classes counts as none).
 Checkpoints that transformers renames while loading (old layouts, fused experts) are loaded by transformers itself, dense, and
 frozen in place: slower and larger for a moment, never wrong. No code of a checkpoint is run.
 """
@@ -19,10 +20,12 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForSequenceClassification
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from qlora_tools.checkpoint.logical import LogicalCheckpoint
 from qlora_tools.checkpoint.reader import tensor_sha256
+from qlora_tools.engine.run import single_threaded_blas
 from qlora_tools.errors import IncompatibleError, UnsupportedError
 from qlora_tools.names import shortened
 from qlora_tools.progress import SILENT, Progress
@@ -32,6 +35,7 @@ from qlora_tools.training.frozen import StoredWeight, can_freeze, freeze_layer
 
 #: Weights smaller than this stay dense: quantizing them saves nothing.
 MIN_ELEMENTS = 1024
+_READERS = 2
 _CLASSES = {"language": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification, "image": AutoModelForImageClassification}
 
 
@@ -61,28 +65,32 @@ class Base:
         return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
-def build_empty(checkpoint: LogicalCheckpoint, task: str, labels: Iterable[str] = ()) -> Any:
-    """The model without weights (on ``meta``; its buffers are real), in eval mode.
+def build_empty(checkpoint: LogicalCheckpoint, task: str, labels: Iterable[str] = (), dtype: torch.dtype | None = None) -> Any:
+    """The model without weights (on ``meta``; its buffers are real), in eval mode. ``dtype``: what it will compute in, if not what its config says.
 
     Raises:
         UnsupportedError: transformers has no class of its own for this model and task.
     """
-    settings: dict[str, Any] = {}
-    if names := list(labels):
-        settings = {"num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
     try:
-        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False, **settings)
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False, **_label_settings(tuple(labels)))
         for name in ("quantization_config", "_pre_quantization_dtype"):
             if hasattr(config, name):
                 delattr(config, name)
         with init_empty_weights(include_buffers=False):
-            model = _CLASSES[task].from_config(config, trust_remote_code=False)
+            model = _CLASSES[task].from_config(config, trust_remote_code=False, **({"dtype": dtype} if dtype else {}))
     except (ValueError, KeyError, OSError, ImportError) as error:
         raise UnsupportedError(
             f"{checkpoint.folder}: transformers builds no {task} model from its config.json: {str(error)[:300]}",
             hint="check `model_type` in config.json, or give --task",
         ) from error
     return model.eval()
+
+
+def _label_settings(labels: tuple[str, ...]) -> dict[str, Any]:
+    """What a config says about the classes of a head; nothing where the stored ones hold."""
+    if not labels:
+        return {}
+    return {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": {name: number for number, name in enumerate(labels)}}
 
 
 def load_base(
@@ -98,26 +106,31 @@ def load_base(
 ) -> Base:
     """Load ``checkpoint`` for ``task`` with its linears stored by ``codec`` (``None``: dense in ``dtype``).
 
-    A checkpoint that is already stored in ``codec``'s form keeps its very bytes; one stored in another form is refused.
+    A checkpoint that is already stored in ``codec``'s form keeps its very bytes; one stored in another form is refused. Only the head of a
+    classification may be missing, or be for another number of classes than ``labels``: it then starts anew, from ``seed``.
 
     Raises:
         IncompatibleError: weights the model needs are not in the checkpoint. UnsupportedError: see :func:`build_empty`.
     """
     _refuse_other_codec(checkpoint, codec)
     labels = tuple(labels)
-    model = build_empty(checkpoint, task, labels)
+    model = build_empty(checkpoint, task, labels, dtype)
     names = _names(model, checkpoint)
-    missing = [name for name in names if names[name] is None]
-    fresh = sorted({name.rpartition(".")[0] for name in missing if checkpoint.family.role(name.rpartition(".")[0]) == "head"})
-    unknown = [name for name in missing if name.rpartition(".")[0] not in fresh]
-    if unknown and (checkpoint.quantized or task == "language"):
-        raise IncompatibleError(
-            f"{checkpoint.folder}: {len(unknown)} weights of {type(model).__name__} are not in the checkpoint: {shortened(unknown, 3)}",
-            hint="check that config.json belongs to these weights, and --task",
-        )
+    fresh = _fresh_heads(model, checkpoint, names, resized=bool(labels)) if task != "language" else []
+    unknown = [name for name, stored in names.items() if stored is None and _module_of(name) not in fresh]
+    if unknown and checkpoint.quantized:
+        raise _missing(checkpoint, model, unknown)
     if unknown:
-        return _load_by_transformers(checkpoint, task, codec, dtype, labels, seed, device)
+        return _load_by_transformers(checkpoint, task, codec, dtype, labels, seed, device, names)
     return _Loader(model, checkpoint, names, codec, dtype, device).load(fresh, seed, progress)
+
+
+def _missing(checkpoint: LogicalCheckpoint, model: Any, names: Iterable[str]) -> IncompatibleError:
+    missing = list(names)
+    return IncompatibleError(
+        f"{checkpoint.folder}: {len(missing)} weights of {type(model).__name__} are not in the checkpoint: {shortened(missing, 3)}",
+        hint="check that config.json belongs to these weights, and --task",
+    )
 
 
 def _refuse_other_codec(checkpoint: LogicalCheckpoint, codec: Codec | None) -> None:
@@ -131,20 +144,37 @@ def _refuse_other_codec(checkpoint: LogicalCheckpoint, codec: Codec | None) -> N
 
 
 def _names(model: Any, checkpoint: LogicalCheckpoint) -> dict[str, str | None]:
-    """Parameter or persistent buffer of ``model`` -> tensor of the checkpoint, ``None`` where there is none. Tied parameters appear once."""
-    wanted = [name for name, _ in model.named_parameters()] + [name for name in model.state_dict() if name in dict(model.named_buffers())]
+    """Parameter or persistent buffer of ``model`` -> tensor of the checkpoint, ``None`` where there is none. A tied one may lie under either name."""
+    buffers = dict(model.named_buffers())
+    wanted = [name for name, _ in model.named_parameters()] + [name for name in model.state_dict() if name in buffers]
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    ties = checkpoint.ties
+    ties = {**checkpoint.ties, **(getattr(model, "all_tied_weights_keys", None) or {})}
     rules: list[Callable[[str], str]] = [lambda name: name, lambda name: name.removeprefix(prefix), lambda name: prefix + name]
     rule = max(rules, key=lambda rule: sum(rule(name) in checkpoint.specs for name in wanted))
 
     def find(name: str) -> str | None:
-        for candidate in (name, rule(name), ties.get(name, name), ties.get(rule(name), name)):
-            if candidate in checkpoint.specs:
-                return candidate
+        owner = ties.get(name, name)
+        partners = [owner, *(other for other, its_owner in ties.items() if its_owner == owner)]
+        for candidate in (name, *partners):
+            for spelled in (candidate, rule(candidate)):
+                if spelled in checkpoint.specs:
+                    return spelled
         return None
 
     return {name: find(name) for name in wanted}
+
+
+def _fresh_heads(model: Any, checkpoint: LogicalCheckpoint, names: dict[str, str | None], *, resized: bool) -> list[str]:
+    """Modules of the head that the checkpoint does not hold, or (``resized``) holds in another size; their ``names`` become ``None``."""
+    sizes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    heads = [name for name in names if checkpoint.family.role(_module_of(name)) == "head"]
+    fresh = {_module_of(name) for name in heads if (stored := names[name]) is None or (resized and checkpoint.specs[stored].shape != sizes[name])}
+    names.update({name: None for name in heads if _module_of(name) in fresh})
+    return sorted(fresh)
+
+
+def _module_of(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 class _Loader:
@@ -157,39 +187,36 @@ class _Loader:
         self._sha256: dict[str, str] = {}
 
     def load(self, fresh: list[str], seed: int, progress: Progress) -> Base:
-        frozen = {path: module for path, module in self._model.named_modules() if self._freezes(path, module)}
+        frozen = {path: module for path, module in self._model.named_modules() if self._names.get(f"{path}.weight") and freezes(self._checkpoint, path, module)}
         with progress.task("load the base", len(self._names), "tensors") as task:
-            with ThreadPoolExecutor(2) as pool:  # reading and hashing one while another is encoded
+            # reading and hashing one while another is encoded; one thread in each, so that the codes are those of the quantize verb
+            with single_threaded_blas(), ThreadPoolExecutor(_READERS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
                 for path, layer in pool.map(lambda item: (item[0], self._frozen(*item)), frozen.items()):
                     self._model.set_submodule(path, layer)
                     task.advance(1, path)
             for name, stored in self._names.items():
-                if stored is not None and name.rpartition(".")[0] not in frozen:
+                if stored is not None and _module_of(name) not in frozen:
                     self._place(name, self._read(stored))
                     task.advance(1, name)
         self._initialise(fresh, seed)
         self._model.tie_weights()
         self._model.to(self._device).requires_grad_(False)
-        tensor_of = {path: str(self._names[f"{path}.weight"]) for path in frozen}
-        others = {name.removesuffix(".weight"): stored for name, stored in self._names.items() if stored and name.endswith(".weight")}
-        return Base(self._model, self._checkpoint, {**others, **tensor_of}, tuple(fresh), dict(sorted(self._sha256.items())))
-
-    def _freezes(self, path: str, module: nn.Module) -> bool:
-        name = self._names.get(f"{path}.weight")
-        return name is not None and freezes(self._checkpoint, name, module)
+        tensor_of = {name.removesuffix(".weight"): stored for name, stored in self._names.items() if stored and name.endswith(".weight")}
+        return Base(self._model, self._checkpoint, tensor_of, tuple(fresh), dict(sorted(self._sha256.items())))
 
     def _frozen(self, path: str, module: nn.Module) -> nn.Module:
-        name = str(self._names[f"{path}.weight"])
-        bias = self._names.get(f"{path}.bias")
-        bias_tensor = self._read(bias).to(self._dtype) if bias else None
+        name, bias = str(self._names[f"{path}.weight"]), self._names.get(f"{path}.bias")
         item = self._checkpoint.quantized.get(name)
         if item is not None:  # its very bytes
             spec = TensorSpec(item.spec.name, dtype_of(self._dtype).name, item.spec.shape)
-            return freeze_layer(module, StoredWeight(item.codec, spec, self._parts(item)), bias_tensor)
-        dense = self._read(name)
-        if self._checkpoint.family.stores_inputs_first(name, tuple(dense.shape)):
-            dense = dense.T.contiguous()
-        return freeze_layer(module, store(name, dense, self._codec, self._dtype, self._device), bias_tensor)
+            stored = StoredWeight(item.codec, spec, self._parts(item))
+        else:
+            stored = store(name, stored_orientation(module, self._read(name)), self._codec, self._dtype, self._device)
+        self._check_shape(name, stored.spec.shape, tuple(stored_orientation(module, module.weight).shape))  # type: ignore[arg-type]
+        bias_O = self._read(bias).to(self._dtype) if bias else None
+        if bias_O is not None:
+            self._check_shape(str(bias), tuple(bias_O.shape), tuple(module.bias.shape))  # type: ignore[union-attr, arg-type]
+        return freeze_layer(module, stored, bias_O)
 
     def _parts(self, item: Stored) -> dict[str, torch.Tensor]:
         parts = {part: self._checkpoint.stored.read(part) for part in item.parts}
@@ -207,16 +234,18 @@ class _Loader:
         path, _, leaf = name.rpartition(".")
         module = self._model.get_submodule(path)
         value = value.to(self._dtype) if value.is_floating_point() else value
-        expected = getattr(module, leaf).shape
-        if value.shape != expected:
-            raise IncompatibleError(
-                f"{self._checkpoint.folder}: `{name}` is {list(value.shape)}, the model has {list(expected)}",
-                hint="config.json does not belong to these weights",
-            )
+        self._check_shape(name, tuple(value.shape), tuple(getattr(module, leaf).shape))
         if leaf in module._parameters:
             module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         else:
             module._buffers[leaf] = value
+
+    def _check_shape(self, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+        if found != expected:
+            raise IncompatibleError(
+                f"{self._checkpoint.folder}: `{name}` is {list(found)}, the model has {list(expected)}",
+                hint="config.json does not belong to these weights",
+            )
 
     def _initialise(self, fresh: list[str], seed: int) -> None:
         """A new head as transformers starts one: normal weights of the config's standard deviation, zero bias; seeded."""
@@ -230,10 +259,14 @@ class _Loader:
                     module._parameters[leaf] = nn.Parameter(value.to(self._dtype), requires_grad=False)
 
 
-def freezes(checkpoint: LogicalCheckpoint, tensor: str, module: nn.Module) -> bool:
-    """Whether the weight ``tensor`` of ``module`` is held in stored form: linears that are neither head nor embedding, and convolutions."""
-    role = checkpoint.family.role(tensor.rpartition(".")[0])
-    return can_freeze(module) and role not in ("embedding", "head", "norm") and checkpoint.specs[tensor].numel >= MIN_ELEMENTS
+def freezes(checkpoint: LogicalCheckpoint, path: str, module: Any) -> bool:
+    """Whether the weight of ``module`` at ``path`` is held in stored form: linears that are neither head nor embedding, and convolutions."""
+    return can_freeze(module) and checkpoint.family.role(path) not in ("embedding", "head", "norm") and module.weight.numel() >= MIN_ELEMENTS
+
+
+def stored_orientation(module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """``weight`` of ``module`` as [O, I, ...]: codecs store it so even where the class (GPT-2's Conv1D) has it the other way round."""
+    return weight.T.contiguous() if isinstance(module, Conv1D) else weight
 
 
 def store(name: str, dense: torch.Tensor, codec: Codec | None, dtype: torch.dtype, device: str = "cpu") -> StoredWeight:
@@ -247,33 +280,34 @@ def store(name: str, dense: torch.Tensor, codec: Codec | None, dtype: torch.dtyp
 
 
 def _load_by_transformers(
-    checkpoint: LogicalCheckpoint, task: str, codec: Codec | None, dtype: torch.dtype, labels: tuple[str, ...], seed: int, device: str
+    checkpoint: LogicalCheckpoint,
+    task: str,
+    codec: Codec | None,
+    dtype: torch.dtype,
+    labels: tuple[str, ...],
+    seed: int,
+    device: str,
+    names: Mapping[str, str | None],
 ) -> Base:
     """The general way: a dense model by ``from_pretrained``, then layer by layer into stored form."""
     logging.disable_progress_bar()
-    settings: dict[str, Any] = {"num_labels": len(labels), "ignore_mismatched_sizes": True} if labels else {}
-    torch.manual_seed(seed)
-    loaded, report = _CLASSES[task].from_pretrained(
-        Path(checkpoint.folder), dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True, **settings
-    )
-    fresh = sorted({name.rpartition(".")[0] for name in report["missing_keys"]})
-    if strangers := [path for path in fresh if checkpoint.family.role(path) != "head"]:
-        raise IncompatibleError(
-            f"{checkpoint.folder}: {type(loaded).__name__} also needs {shortened(strangers, 3)}, which the checkpoint does not hold",
-            hint="check that config.json belongs to these weights, and --task",
+    settings: dict[str, Any] = {**_label_settings(labels), "ignore_mismatched_sizes": True} if labels else {}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # a new head
+        loaded, report = _CLASSES[task].from_pretrained(
+            Path(checkpoint.folder), dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True, **settings
         )
+    made_up = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
+    fresh = sorted({_module_of(name) for name in made_up}) if task != "language" else []
+    if strangers := sorted(name for name in made_up if task == "language" or checkpoint.family.role(_module_of(name)) != "head"):
+        raise _missing(checkpoint, loaded, strangers)
     tensor_of = {}
     for path, module in list(loaded.named_modules()):
-        if (
-            can_freeze(module)
-            and path not in fresh
-            and checkpoint.family.role(path) not in ("embedding", "head", "norm")
-            and module.weight.numel() >= MIN_ELEMENTS
-        ):
-            dense = module.weight.detach()
-            dense = dense.T.contiguous() if checkpoint.family.stores_inputs_first(f"{path}.weight", tuple(dense.shape)) else dense
+        if freezes(checkpoint, path, module) and path not in fresh:
             bias = None if module.bias is None else module.bias.detach()
-            loaded.set_submodule(path, freeze_layer(module, store(f"{path}.weight", dense, codec, dtype, device), bias))
-            tensor_of[path] = f"{path}.weight"
+            stored = store(f"{path}.weight", stored_orientation(module, module.weight.detach()), codec, dtype, device)
+            loaded.set_submodule(path, freeze_layer(module, stored, bias))
+            tensor_of[path] = names.get(f"{path}.weight") or f"{path}.weight"
     loaded.eval().to(device).requires_grad_(False)
-    return Base(loaded, checkpoint, tensor_of, tuple(fresh))
+    sha256 = {name: checkpoint.stored.sha256(name) for name in checkpoint.stored.specs}
+    return Base(loaded, checkpoint, tensor_of, tuple(fresh), sha256)

@@ -14,10 +14,12 @@ dispatcher sees. Uses ``torch._subclasses``, which is not public API; a test tra
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,12 +28,30 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from qlora_tools.lowrank.factors import LowRank
 from qlora_tools.training.frozen import StoredWeight
 
 _ATEN = torch.ops.aten
 #: Integer tensors made from nothing, at most this large, are made for real: positions and index ranges that masks depend on.
 _REAL_ELEMENTS = 1 << 22
-_FACTORIES = (_ATEN.arange.default, _ATEN.arange.start, _ATEN.arange.start_step, _ATEN.zeros.default, _ATEN.ones.default, _ATEN.full.default, _ATEN.empty.memory_format)
+_FACTORIES = (
+    _ATEN.arange.default,
+    _ATEN.arange.start,
+    _ATEN.arange.start_step,
+    _ATEN.zeros.default,
+    _ATEN.ones.default,
+    _ATEN.full.default,
+    _ATEN.empty.memory_format,
+)
+
+
+def resident_bytes() -> int:
+    """What this process holds in memory now; 0 where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 class LiveBytes(TorchDispatchMode):
@@ -44,7 +64,6 @@ class LiveBytes(TorchDispatchMode):
         self.total = 0
         self.peak = 0
         self.at_peak: Counter[str] = Counter()
-        self.largest = 0
         self._seen: dict[int, tuple[weakref.ref[Any], str, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -91,7 +110,11 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with unset_fake_temporarily():
             return func(*args, **kwargs)
     if func is _ATEN._local_scalar_dense.default:
-        return torch.ones((), dtype=args[0].dtype).item() if not isinstance(args[0], FakeTensor) else {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 1)
+        return (
+            torch.ones((), dtype=args[0].dtype).item()
+            if not isinstance(args[0], FakeTensor)
+            else {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 1)
+        )
     if func is _ATEN.equal.default:
         return True
     if func in (_ATEN.index.Tensor, _ATEN.index_put.default, _ATEN.index_put_.default, _ATEN._unsafe_index_put.default):
@@ -144,6 +167,9 @@ def empty_tensors(model: nn.Module, device: str) -> None:
         return made[id(tensor)]
 
     for module in model.modules():
+        offset = getattr(module, "offset", None)
+        if isinstance(offset, LowRank):
+            module.offset = LowRank(twin(offset.a_RI), twin(offset.b_OR))  # type: ignore[assignment]
         for name, parameter in module._parameters.items():
             if parameter is not None and not isinstance(parameter, FakeTensor):
                 fake = twin(parameter)
@@ -152,5 +178,9 @@ def empty_tensors(model: nn.Module, device: str) -> None:
         for name, buffer in module._buffers.items():
             if buffer is None or isinstance(buffer, FakeTensor):
                 continue
-            if isinstance(module, StoredWeight) or buffer.device.type == "meta" or (buffer.is_floating_point() and name not in module._non_persistent_buffers_set):
+            if (
+                isinstance(module, StoredWeight)
+                or buffer.device.type == "meta"
+                or (buffer.is_floating_point() and name not in module._non_persistent_buffers_set)
+            ):
                 module._buffers[name] = twin(buffer)

@@ -32,7 +32,8 @@ from qlora_tools.specs import TensorSpec
 class StoredWeight(nn.Module):
     """One weight in a codec's parts. ``spec`` has the stored orientation ([out, in, ...]) and the dtype that it decodes to.
 
-    ``codec=None``: the single part is the dense weight.
+    ``codec=None``: the single part is the dense weight. Moving a model to another device moves the parts; a cast leaves them as they are,
+    since a rounded scale is another weight.
     """
 
     def __init__(self, codec: Codec | None, spec: TensorSpec, parts: Mapping[str, torch.Tensor]) -> None:
@@ -47,6 +48,14 @@ class StoredWeight(nn.Module):
     def parts(self) -> dict[str, torch.Tensor]:
         """The stored tensors by name."""
         return {name: getattr(self, f"part{number}") for number, name in enumerate(self._names)}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> StoredWeight:
+        for name, part in self._buffers.items():
+            assert part is not None
+            changed = fn(part)
+            self._buffers[name] = changed if changed.dtype == part.dtype else part.to(changed.device)
+        self._statistics = None
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -66,7 +75,7 @@ class StoredWeight(nn.Module):
         """bitsandbytes' kernel, the fastest there is. Not on the CPU where blocks straddle rows: it picks wrong scales there."""
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
-        if self._statistics is None or self._statistics.absmax.device != self.device:
+        if self._statistics is None:
             prefix = len(self.spec.name) + 1
             described = {name[prefix:]: part for name, part in self.parts.items() if name != self.spec.name}
             described[STATE_SUFFIX[1:]] = described[STATE_SUFFIX[1:]].cpu()
@@ -119,11 +128,18 @@ class _Frozen:
         """``nf4``, ``int8``, or ``dense``."""
         return "dense" if self.stored.codec is None else self.stored.codec.name
 
-    def subtracted(self, x: torch.Tensor) -> torch.Tensor | float:
-        """What ``offset`` takes away from the output of a linear layer."""
+    def dense(self) -> torch.Tensor:
+        """The decoded weight less the offset, as it is stored."""
+        dense = self.stored.dense()
+        return dense if self.offset is None else (dense.float() - self.offset.dense().to(dense.device).view(dense.shape)).to(dense.dtype)
+
+    def multiply(self, x_TI: torch.Tensor) -> torch.Tensor:
+        """``x W^T + bias``, less what the offset takes away: [T, O]."""
+        x_TI = x_TI.to(self.stored.spec.torch_dtype)
+        out_TO: torch.Tensor = _FrozenLinear.apply(x_TI, self.stored, self.bias)  # type: ignore[attr-defined]
         if self.offset is None:
-            return 0.0
-        return functional.linear(functional.linear(x, self.offset.a_RI.to(x)), self.offset.b_OR.to(x))
+            return out_TO
+        return out_TO - functional.linear(functional.linear(x_TI, self.offset.a_RI.to(x_TI)), self.offset.b_OR.to(x_TI))
 
 
 class FrozenLinear(_Frozen, nn.Linear):
@@ -132,13 +148,10 @@ class FrozenLinear(_Frozen, nn.Linear):
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
         """The decoded weight less the offset, [O, I]."""
-        dense = self.stored.dense()
-        return dense if self.offset is None else (dense.float() - self.offset.dense().to(dense.device)).to(dense.dtype)
+        return self.dense()
 
     def forward(self, x_TI: torch.Tensor) -> torch.Tensor:
-        x_TI = x_TI.to(self.stored.spec.torch_dtype)
-        out: torch.Tensor = _FrozenLinear.apply(x_TI, self.stored, self.bias)
-        return out if self.offset is None else out - self.subtracted(x_TI)
+        return self.multiply(x_TI)
 
 
 class FrozenConv1D(_Frozen, Conv1D):  # type: ignore[misc]
@@ -147,13 +160,10 @@ class FrozenConv1D(_Frozen, Conv1D):  # type: ignore[misc]
     @property
     def weight(self) -> torch.Tensor:
         """The decoded weight less the offset, [I, O]."""
-        dense = self.stored.dense()
-        return (dense if self.offset is None else (dense.float() - self.offset.dense().to(dense.device)).to(dense.dtype)).T
+        return self.dense().T
 
     def forward(self, x_TI: torch.Tensor) -> torch.Tensor:
-        x_TI = x_TI.to(self.stored.spec.torch_dtype)
-        out: torch.Tensor = _FrozenLinear.apply(x_TI, self.stored, self.bias)
-        return out if self.offset is None else out - self.subtracted(x_TI)
+        return self.multiply(x_TI)
 
 
 class FrozenConv2d(_Frozen, nn.Conv2d):
@@ -162,8 +172,7 @@ class FrozenConv2d(_Frozen, nn.Conv2d):
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
         """The decoded kernels less the offset."""
-        dense = self.stored.dense()
-        return dense if self.offset is None else (dense.float() - self.offset.dense().to(dense.device).view(dense.shape)).to(dense.dtype)
+        return self.dense()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         settings: tuple[Any, ...] = (self.stride, self.padding, self.dilation, self.groups)

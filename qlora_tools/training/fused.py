@@ -45,13 +45,18 @@ def forward(x_TI: torch.Tensor, parts: Parts) -> tuple[torch.Tensor, torch.Tenso
     return out_TO.addmm_(h_TR, parts.b_OR.T, alpha=parts.scale), h_TR
 
 
-def backward(grad_TO: torch.Tensor, x_TI: torch.Tensor, h_TR: torch.Tensor, parts: Parts, need_x: bool = True) -> tuple[Any, torch.Tensor, torch.Tensor]:
-    """Gradients by x (``None`` unless needed), A and B."""
+def backward(
+    grad_TO: torch.Tensor, x_TI: torch.Tensor, h_TR: torch.Tensor, parts: Parts, need_x: bool = True, into: torch.Tensor | None = None
+) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """Gradients by x (``None`` unless needed; added to ``into``, where given), A and B."""
     grad_h_TR = (grad_TO @ parts.b_OR) * parts.scale
     grad_b_OR = (grad_TO.T @ h_TR) * parts.scale
     grad_a_RI = grad_h_TR.T @ x_TI
-    grad_x_TI = (grad_TO @ parts.stored.dense()).addmm_(grad_h_TR, parts.a_RI) if need_x else None
-    return grad_x_TI, grad_a_RI, grad_b_OR
+    if not need_x:
+        return None, grad_a_RI, grad_b_OR
+    w_OI = parts.stored.dense()
+    grad_x_TI = grad_TO @ w_OI if into is None else into.addmm_(grad_TO, w_OI)
+    return grad_x_TI.addmm_(grad_h_TR, parts.a_RI), grad_a_RI, grad_b_OR
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -93,9 +98,10 @@ class _GatedMlp(torch.autograd.Function):
         grad_product, *down_grads = backward(grad.reshape(-1, grad.shape[-1]), active_TO * raised_TO, down_h, down)
         grad_raised = active_TO.mul_(grad_product)
         grad_gated = torch.ops.aten.silu_backward(grad_product.mul_(raised_TO), gated_TO)
-        grad_x, *gate_grads = backward(grad_gated, x_TI, gate_h, gate)
-        more_x, *up_grads = backward(grad_raised, x_TI, up_h, up)
-        return (grad_x.add_(more_x).view(ctx.shape), None, *gate_grads, *up_grads, *down_grads)
+        need_x = ctx.needs_input_grad[0]
+        grad_x, *gate_grads = backward(grad_gated, x_TI, gate_h, gate, need_x)
+        grad_x, *up_grads = backward(grad_raised, x_TI, up_h, up, need_x, into=grad_x)
+        return (None if grad_x is None else grad_x.view(ctx.shape), None, *gate_grads, *up_grads, *down_grads)
 
 
 def _with_factors(frozen: tuple[Any, ...], factors: Any) -> list[Parts]:
@@ -158,6 +164,7 @@ def _is_plain_lora(module: nn.Module) -> bool:
         and isinstance(module.lora_dropout[names[0]], nn.Identity)
         and module.lora_B[names[0]].bias is None
         and module.base_layer.offset is None
+        and module.lora_A[names[0]].weight.dtype == module.base_layer.stored.spec.torch_dtype
     )
 
 

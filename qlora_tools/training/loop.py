@@ -88,6 +88,8 @@ def train(run: Run, progress: Progress = SILENT) -> str:
     with interruptions() as interrupted, neftune(run.model, run.config.neftune), progress.task("train", run.steps, "steps") as task:
         task.advance(run.progressed.step, "")
         while run.progressed.step < run.steps:
+            if _gave_up(run):
+                return "early"
             grow(run)
             record = _step(run, next(source))
             run.progressed.seconds = before + time.perf_counter() - started
@@ -98,15 +100,17 @@ def train(run: Run, progress: Progress = SILENT) -> str:
                 _evaluate(run)
             if run.sample and (at_end or run.progressed.step % run.eval_every == 0):
                 _show_samples(run)
-            early = run.config.patience is not None and run.progressed.stale >= run.config.patience
             stopping = run.world.any(interrupted())
-            if stopping or early or at_end or run.progressed.step % run.save_every == 0:
+            if stopping or at_end or _gave_up(run) or run.progressed.step % run.save_every == 0:
                 _save(run)
-            if stopping and not at_end:
+            if stopping and not at_end and not _gave_up(run):
                 return "interrupted"
-            if early:
-                return "early"
     return "done"
+
+
+def _gave_up(run: Run) -> bool:
+    """Whether evaluations have not improved for as long as the run's patience lasts."""
+    return run.config.patience is not None and run.progressed.stale >= run.config.patience
 
 
 def micro_batches(run: Run) -> Iterator[list[Indices]]:
@@ -127,7 +131,7 @@ def _step(run: Run, chosen: list[Indices]) -> events.Step:
     run.world.sum(counts)
     targets, tokens = (int(value) for value in counts.tolist())
     total = torch.zeros((), dtype=torch.float64, device=run.device)
-    run.model.train()
+    train_mode(run.model)
     for number, batch in enumerate(loaded):
         seed_everything(run.config.seed, "step", step, number, run.world.rank)
         total += backward(run, batch, targets)
@@ -139,6 +143,8 @@ def _step(run: Run, chosen: list[Indices]) -> events.Step:
     if not math.isfinite(loss):
         raise NonFiniteError(f"the loss is {loss} at step {step + 1}", hint="lower --lr, raise --warmup, or look at the rows of this step")
     norm = run.masters.clip(run.config.clip)
+    if not math.isfinite(norm):
+        raise NonFiniteError(f"the gradient's norm is {norm} at step {step + 1}, at a loss of {loss:.4g}", hint="lower --lr, or raise --warmup")
     lr = set_rate(run.optimizer, rate_factor(run.config, step, run.steps))
     run.optimizer.step()
     run.masters.publish()
@@ -149,6 +155,14 @@ def _step(run: Run, chosen: list[Indices]) -> events.Step:
     run.progressed.note_loss(loss)
     epoch = run.progressed.step * run.rows_per_step / len(run.rows)
     return events.Step(run.progressed.step, run.steps, epoch, loss, lr, norm, tokens, targets, tokens / seconds, run.peak_bytes(), seconds, run.rank)
+
+
+def train_mode(model: torch.nn.Module) -> None:
+    """Dropout on; the statistics of batch norms stay the base's, as all of the base does."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.eval()
 
 
 def backward(run: Run, batch: Batch, targets: int) -> torch.Tensor:
@@ -183,7 +197,6 @@ def grow(run: Run) -> None:
 @torch.no_grad()
 def evaluate(run: Run, rows: Rows) -> tuple[float, float | None]:
     """(mean loss per target, accuracy where the loss counts one) over ``rows``, shared out over the processes."""
-    was_training = run.model.training
     run.model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=run.device)
     counted = False
@@ -191,12 +204,12 @@ def evaluate(run: Run, rows: Rows) -> tuple[float, float | None]:
     for start in range(0, len(mine), run.config.batch):
         batch = rows.batch(list(mine[start : start + run.config.batch]))
         loss, correct = run.loss(run.model, batch.to(run.device))
-        sums += torch.stack(
-            [loss.double(), torch.tensor(float(batch.count), device=run.device), (correct if correct is not None else loss * 0).double()]
-        ).double()
-        counted = counted or correct is not None
+        sums[0] += loss
+        sums[1] += batch.count
+        if correct is not None:
+            sums[2] += correct
+            counted = True
     run.world.sum(sums)
-    run.model.train(was_training)
     total, count, correct_sum = sums.tolist()
     return total / max(1.0, count), correct_sum / max(1.0, count) if counted else None
 
@@ -205,6 +218,8 @@ def _evaluate(run: Run) -> None:
     assert run.held_out is not None
     loss, accuracy = evaluate(run, run.held_out)
     state = run.progressed
+    if not math.isfinite(loss):
+        raise NonFiniteError(f"the loss on held-out rows is {loss} after step {state.step}", hint="lower --lr, or look at the held-out rows")
     best = state.best_loss is None or loss < state.best_loss
     if best:
         state.best_loss, state.best_step, state.stale = loss, state.step, 0

@@ -33,27 +33,49 @@ class Loss(Protocol):
 
 
 class Head:
-    """Hidden states [N, D] -> logits [N, V], as the model's own head and what stands behind it compute them."""
+    """From a batch to logits [N, V] in two parts: what enters the model's head, and the head with what stands behind it.
+
+    ``splits`` is False where the two parts do not give the model's own logits; the first part is then the whole model.
+    """
 
     def __init__(self, causal: Any) -> None:
         self.module: nn.Module = causal.get_output_embeddings()
         config = causal.config.get_text_config()
         self._cap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
-        self._factor = 1.0 / float(getattr(config, "logits_scaling", None) or 1.0) * float(getattr(config, "logit_scale", None) or 1.0)
-
-    @property
-    def width(self) -> int:
-        return int(self.module.weight.shape[0])  # type: ignore[union-attr, index]
+        self._divisor = float(getattr(config, "logits_scaling", None) or 1.0)
+        self._factor = float(getattr(config, "logit_scale", None) or 1.0)
+        self.splits = self.module is not None and _split_agrees(causal, self)
 
     @property
     def plain(self) -> bool:
         """A frozen linear without anything behind it, whose gradient is known in closed form."""
-        frozen = not any(parameter.requires_grad for parameter in self.module.parameters())
-        return frozen and type(self.module) is nn.Linear and not self._cap and self._factor == 1.0
+        if not self.splits or type(self.module) is not nn.Linear or self._cap:
+            return False
+        return self._divisor == self._factor == 1.0 and not any(parameter.requires_grad for parameter in self.module.parameters())
 
-    def __call__(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        logits = self.module(hidden_ND) * self._factor if self._factor != 1.0 else self.module(hidden_ND)
-        return self._cap * torch.tanh(logits / self._cap) if self._cap else logits
+    def rows(self, model: Any, batch: Batch, chosen: torch.Tensor) -> torch.Tensor:
+        """Hidden states [N, D] of the ``chosen`` [B, T] positions (without a split: their logits [N, V])."""
+        if not self.splits:
+            return model(**batch.inputs, use_cache=False).logits[chosen]  # type: ignore[no-any-return]
+        with _captured(self.module) as seen:
+            model(**batch.inputs, use_cache=False)
+        return seen[0][chosen]
+
+    def width(self, rows: torch.Tensor) -> int:
+        """V of what ``rows`` become."""
+        return int(self.module.weight.shape[0] if self.splits else rows.shape[-1])  # type: ignore[union-attr, index, operator]
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.through(rows) if self.splits else rows
+
+    def through(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of hidden states, with the roundings of the model."""
+        logits = self.module(hidden)
+        if self._divisor != 1.0:
+            logits = logits / self._divisor
+        if self._factor != 1.0:
+            logits = logits * self._factor
+        return torch.tanh(logits / self._cap) * self._cap if self._cap else logits
 
 
 class LanguageLoss:
@@ -61,46 +83,44 @@ class LanguageLoss:
 
     def __init__(self, causal: Any, *, teacher: Any = None, teacher_weight: float = 0.5, temperature: float = 1.0) -> None:
         self._head = Head(causal)
-        self._splits = _split_agrees(causal, self._head)
-        self._teacher, self._weight, self._temperature = teacher, teacher_weight if teacher is not None else 0.0, temperature
-        self._teacher_head = Head(teacher) if teacher is not None else None
+        self._teacher, self._teacher_head = teacher, Head(teacher) if teacher is not None else None
+        self._weight, self._temperature = teacher_weight, temperature
 
     def __call__(self, model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
         chosen = batch.targets != IGNORED
         targets_N = batch.targets[chosen]
-        if not self._splits:
-            return _summed_cross_entropy(model(**batch.inputs, use_cache=False).logits[chosen], targets_N), None
-        hidden_ND = _hidden(model, self._head, batch)[chosen]
-        if self._teacher is not None:
-            assert self._teacher_head is not None
+        rows = self._head.rows(model, batch, chosen)
+        if self._teacher_head is not None:
             with torch.no_grad():
-                guide_ND = _hidden(self._teacher, self._teacher_head, batch)[chosen]
-            return self._chunked(hidden_ND, targets_N, guide_ND), None
-        if self._head.plain and hidden_ND.requires_grad:
-            return _FrozenHeadCrossEntropy.apply(hidden_ND, self._head.module.weight, self._head.module.bias, targets_N), None
-        return self._chunked(hidden_ND, targets_N, None), None
+                guide = self._teacher_head.rows(self._teacher, batch, chosen)
+            return self._chunked(rows, targets_N, guide), None
+        if self._head.plain and rows.requires_grad:
+            return _FrozenHeadCrossEntropy.apply(rows, self._head.module.weight, self._head.module.bias, targets_N), None
+        return self._chunked(rows, targets_N, None), None
 
-    def _chunked(self, hidden_ND: torch.Tensor, targets_N: torch.Tensor, guide_ND: torch.Tensor | None) -> torch.Tensor:
+    def _chunked(self, rows: torch.Tensor, targets_N: torch.Tensor, guide: torch.Tensor | None) -> torch.Tensor:
         """Chunk by chunk, each recomputed in the backward pass."""
-        total = hidden_ND.new_zeros((), dtype=torch.float32)
-        for part in _chunks(len(targets_N), self._head.width):
-            guide = None if guide_ND is None else guide_ND[part]
-            if hidden_ND.requires_grad:
-                total = total + torch.utils.checkpoint.checkpoint(self._of_chunk, hidden_ND[part], targets_N[part], guide, use_reentrant=False)
+        parts = _chunks(len(targets_N), self._head.width(rows))
+        total = rows.new_zeros((), dtype=torch.float32) if parts else rows.sum(dtype=torch.float32)  # an empty sum has a gradient, too
+        for part in parts:
+            inputs = (rows[part], targets_N[part], None if guide is None else guide[part])
+            if rows.requires_grad:
+                total = total + torch.utils.checkpoint.checkpoint(self._of_chunk, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
-                total = total + self._of_chunk(hidden_ND[part], targets_N[part], guide)
+                total = total + self._of_chunk(*inputs)
         return total
 
-    def _of_chunk(self, hidden_ND: torch.Tensor, targets_N: torch.Tensor, guide_ND: torch.Tensor | None) -> torch.Tensor:
-        logits_NV = self._head(hidden_ND).float()
-        if guide_ND is None:
-            return _summed_cross_entropy(logits_NV, targets_N)
+    def _of_chunk(self, rows: torch.Tensor, targets_N: torch.Tensor, guide: torch.Tensor | None) -> torch.Tensor:
+        logits_NV = self._head(rows).float()
+        if guide is None:
+            return functional.cross_entropy(logits_NV, targets_N, reduction="sum")
         assert self._teacher_head is not None
         with torch.no_grad():
-            wanted = functional.log_softmax(self._teacher_head(guide_ND).float() / self._temperature, dim=-1)
-        found = functional.log_softmax(logits_NV / self._temperature, dim=-1)
-        divergence = functional.kl_div(found, wanted, reduction="sum", log_target=True) * self._temperature**2
-        return (1 - self._weight) * _summed_cross_entropy(logits_NV, targets_N) + self._weight * divergence
+            wanted_NV = functional.log_softmax(self._teacher_head(guide).float() / self._temperature, dim=-1)
+        found_NV = functional.log_softmax(logits_NV / self._temperature, dim=-1)
+        divergence = functional.kl_div(found_NV, wanted_NV, reduction="sum", log_target=True) * self._temperature**2
+        surprise = functional.cross_entropy(logits_NV, targets_N, reduction="sum")
+        return (1 - self._weight) * surprise + self._weight * divergence
 
 
 def label_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -117,11 +137,11 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         grad_ND = torch.empty_like(hidden_ND)
         for part in _chunks(len(targets_N), len(weight_VD)):
-            logits_NV = functional.linear(hidden_ND[part], weight_VD, bias_V).float()
+            logits_NV = functional.linear(hidden_ND[part], weight_VD, bias_V)
             rows, targets = torch.arange(len(logits_NV), device=logits_NV.device), targets_N[part]
-            normalizer_N = torch.logsumexp(logits_NV, dim=1)
-            total += (normalizer_N - logits_NV[rows, targets]).sum()
-            excess_NV = logits_NV.sub_(normalizer_N[:, None]).exp_()  # softmax less one at the target
+            log_shares_NV = functional.log_softmax(logits_NV, dim=1, dtype=torch.float32)
+            total -= log_shares_NV[rows, targets].sum()
+            excess_NV = log_shares_NV.exp_()  # softmax less one at the target
             excess_NV[rows, targets] -= 1.0
             grad_ND[part] = excess_NV.to(weight_VD.dtype) @ weight_VD
         ctx.save_for_backward(grad_ND)
@@ -130,23 +150,12 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
         (grad_ND,) = ctx.saved_tensors
-        return grad_ND * grad.to(grad_ND.dtype), None, None, None
-
-
-def _summed_cross_entropy(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    return functional.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
+        return (grad_ND * grad if grad_ND.dtype == grad.dtype else (grad_ND.float() * grad).to(grad_ND.dtype)), None, None, None
 
 
 def _chunks(count: int, width: int) -> list[slice]:
     step = max(16, CHUNK_ELEMENTS // max(1, width))
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
-
-
-def _hidden(model: Any, head: Head, batch: Batch) -> torch.Tensor:
-    """What enters the head, [B, T, D]; the head itself does not run."""
-    with _captured(head.module) as seen:
-        model(**batch.inputs, use_cache=False)
-    return seen[0]
 
 
 @contextmanager
@@ -173,8 +182,8 @@ def _captured(head: nn.Module) -> Iterator[list[torch.Tensor]]:
 def _split_agrees(causal: Any, head: Head) -> bool:
     """Whether hidden states through :class:`Head` give the model's own logits."""
     embedding = causal.get_input_embeddings().weight
-    if embedding.device.type == "meta" or head.module is None:
-        return head.module is not None
+    if embedding.device.type == "meta":
+        return True
     training = causal.training
     causal.eval()
     try:
@@ -182,6 +191,8 @@ def _split_agrees(causal: Any, head: Head) -> bool:
         expected = causal(input_ids=ids, use_cache=False).logits
         with _captured(head.module) as seen:
             causal(input_ids=ids, use_cache=False)
-        return len(seen) == 1 and expected.shape[:-1] == seen[0].shape[:-1] and bool(torch.equal(head(seen[0]), expected))
+        return len(seen) == 1 and expected.shape[:-1] == seen[0].shape[:-1] and bool(torch.equal(head.through(seen[0]), expected))
+    except (RuntimeError, IndexError):  # what stands behind this head cannot take one column: the shapes do not fit
+        return False
     finally:
         causal.train(training)

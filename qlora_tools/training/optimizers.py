@@ -86,7 +86,7 @@ def make_optimizer(masters: Masters, config: TrainConfig) -> torch.optim.Optimiz
         for factor, decay, names in _groups(masters.values, config)
     ]
     if config.optim == "adamw":
-        return torch.optim.AdamW(groups, betas=_BETAS, foreach=True)
+        return torch.optim.AdamW(groups, betas=_BETAS, fused=True)
     if not torch.cuda.is_available():
         raise UnsupportedError(
             f"--optim {config.optim} keeps its state by CUDA kernels of bitsandbytes, and torch sees no CUDA device", hint="use --optim adamw"
@@ -98,12 +98,12 @@ def make_optimizer(masters: Masters, config: TrainConfig) -> torch.optim.Optimiz
     return made
 
 
-def _groups(names: Iterable[str], config: TrainConfig) -> list[tuple[float, float, list[str]]]:
+def _groups(values: Mapping[str, torch.Tensor], config: TrainConfig) -> list[tuple[float, float, list[str]]]:
     """(rate factor, weight decay, names): B apart under LoRA+; decay on matrices alone."""
     found: dict[tuple[float, float], list[str]] = {}
-    for name in names:
-        fast = config.loraplus is not None and (".lora_B." in name or ".lora_embedding_B." in name)
-        decays = ".lora_magnitude_vector" not in name and not name.endswith("bias")
+    for name, value in values.items():
+        fast = config.loraplus is not None and (".lora_B." in name or ".lora_embedding_B" in name)
+        decays = value.ndim > 1 and ".lora_magnitude_vector" not in name
         found.setdefault((config.loraplus or 1.0 if fast else 1.0, config.weight_decay if decays else 0.0), []).append(name)
     return [(factor, decay, members) for (factor, decay), members in sorted(found.items())]
 
@@ -145,9 +145,12 @@ def export_state(optimizer: torch.optim.Optimizer, names: Iterable[str], masters
 
 
 def import_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], plain: Mapping[str, Mapping[str, Any]], masters: Masters) -> None:
-    """The inverse of :func:`export_state`. Tensors go to their master's device, counters stay on the CPU."""
+    """The inverse of :func:`export_state`. Tensors go to their master's device, but counters only where torch's kernel counts there."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, entry = key.rpartition("/")
+        counts_elsewhere = tensor.ndim == 0 and not optimizer.defaults.get("fused")
+        found.setdefault(name, {})[entry] = tensor.clone() if counts_elsewhere else tensor.to(masters.values[name].device, copy=True)
     for name, value in masters.values.items():
-        entries = {key.rpartition("/")[2]: tensor for key, tensor in tensors.items() if key.rpartition("/")[0] == name}
-        if entries or name in plain:
-            placed = {entry: tensor.clone() if tensor.ndim == 0 else tensor.to(value.device, copy=True) for entry, tensor in entries.items()}
-            optimizer.state[value] = {**placed, **plain.get(name, {})}
+        if name in found or name in plain:
+            optimizer.state[value] = {**found.get(name, {}), **plain.get(name, {})}

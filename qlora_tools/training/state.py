@@ -38,16 +38,13 @@ _NAME = re.compile(r"step-(\d+)")
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What a run is: it may be continued only where all of this is equal. ``data`` and ``val`` are hashes of the encoded rows."""
+    """What a run is: it may be continued only where all of this is equal. Data are hashed as encoded rows; ``world``: processes."""
 
     config: Mapping[str, Any]
-    base: str
     base_sha256: str
-    data: str
     data_sha256: str
-    val: str | None = None
     val_sha256: str | None = None
-    teacher: str | None = None
+    teacher_sha256: str | None = None
     world: int = 1
 
     def check(self, other: RunIdentity) -> None:
@@ -57,13 +54,12 @@ class RunIdentity:
             IncompatibleError: names every difference; for base and data with both hashes.
         """
         wrong = [
-            f"{what} has changed: sha256 was {mine[:16]}, is {theirs[:16]}"
-            if mine and theirs
-            else f"{what} was {mine and mine[:16]}, is {theirs and theirs[:16]}"
+            f"{what} changed: sha256 was {(mine or 'none')[:16]}, is {(theirs or 'none')[:16]}"
             for what, mine, theirs in (
-                ("the base", self.base_sha256, other.base_sha256),
-                ("the data", self.data_sha256, other.data_sha256),
-                ("the validation data", self.val_sha256, other.val_sha256),
+                ("the base has", self.base_sha256, other.base_sha256),
+                ("the data have", self.data_sha256, other.data_sha256),
+                ("the validation data have", self.val_sha256, other.val_sha256),
+                ("the teacher has", self.teacher_sha256, other.teacher_sha256),
             )
             if mine != theirs
         ]
@@ -73,8 +69,6 @@ class RunIdentity:
         ]
         if self.world != other.world:
             wrong.append(f"it ran on {self.world} processes, now on {other.world}")
-        if self.teacher != other.teacher:
-            wrong.append(f"the teacher was {self.teacher}, is {other.teacher}")
         if wrong:
             raise IncompatibleError(
                 f"this is not the run that was interrupted: {'; '.join(wrong)}", hint="resume with what it was started with, or start anew with --force"

@@ -12,6 +12,8 @@ import torch.distributed as dist
 
 from qlora_tools.errors import UsageError
 
+_HINT = "start several processes with torchrun"
+
 
 @dataclass(frozen=True)
 class World:
@@ -48,13 +50,15 @@ def processes(device: str) -> Iterator[tuple[World, str]]:
     if size == 1:
         yield World(), device
         return
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UsageError(f"WORLD_SIZE is {size}, but {', '.join(missing)} is not set", hint=_HINT)
     local, rank = _number("LOCAL_RANK", 0), _number("RANK", 0)
+    if not 0 <= rank < size:
+        raise UsageError(f"RANK {rank} is not one of {size} processes", hint=_HINT)
     place = f"cuda:{local}" if device == "cuda" else device
     if device == "cuda":
         torch.cuda.set_device(local)
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        raise UsageError(f"WORLD_SIZE is {size}, but {', '.join(missing)} is not set", hint="start several processes with torchrun")
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     try:
         yield World(rank, size), place
@@ -66,4 +70,4 @@ def _number(name: str, default: int) -> int:
     try:
         return int(os.environ.get(name, default))
     except ValueError:
-        raise UsageError(f"the environment says {name}={os.environ[name]!r}, which is no number", hint="start several processes with torchrun") from None
+        raise UsageError(f"the environment says {name}={os.environ[name]!r}, which is no number", hint=_HINT) from None

@@ -117,6 +117,11 @@ def _fitted(loaded: Loaded, base: LogicalCheckpoint, init: str | None, device: s
     restored = None
     if init is not None:
         targets = {parse_key(delta.a.key).path: (name, delta.transposed) for name, delta in bound.deltas.items()}
+        if quantized := sorted(name for name, _ in targets.values() if name in base.quantized):
+            raise UsageError(
+                f"the adapter started with {init} inside weights that {base.folder} holds only quantized: {quantized[0]}",
+                hint="give the 16-bit model as --base",
+            )
         portable, restored = on_original_base(portable, init, base, targets, device=device, progress=progress)
     if any(delta.transposed for name, delta in bound.deltas.items() if base.family.stores_inputs_first(name, base.specs[name].shape)):
         portable = replace(portable, inputs_first=True)
@@ -180,7 +185,8 @@ def save_peft(
     force: bool = False,
 ) -> None:
     """Write ``portable`` as a PEFT folder with a manifest, whole or not at all."""
-    stored = portable_peft.content(portable, modules=modules_of(base) if base is not None else None, task_type=task_type)
+    known = None if base is None else map(_live_rule(base), modules_of(base))
+    stored = portable_peft.content(portable, modules=known, task_type=task_type)
     described = {**({"base": describe_input(base)} if base is not None else {}), **inputs}
     with output_folder(dest, force=force, inputs=sources) as folder:
         portable_peft.write(folder, stored)

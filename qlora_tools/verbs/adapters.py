@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_tools.adapters.combine import LayerAgreement, Row, compared, resized, size_of, sum_of
+from qlora_tools.adapters.combine import LayerAgreement, Row, compared, kinds_of, resized, size_of, sum_of
 from qlora_tools.adapters.merged import base_fingerprint
 from qlora_tools.adapters.peft_config import parse_config
 from qlora_tools.adapters.peft_keys import LORA, parse_key
@@ -27,6 +27,8 @@ from qlora_tools.progress import SILENT, Progress
 from qlora_tools.verbs.adapter_files import Loaded, adapter_path, fit, load, one_component, save_peft, source_name
 from qlora_tools.verbs.opening import open_model
 
+#: What is no low-rank change of a weight.
+_NOT_COMPARED = ("DoRA", "bias", "whole tensors", "token rows")
 _LISTED_SUFFIXES = (".safetensors", ".gguf", ".onnx_adapter")
 
 
@@ -101,6 +103,7 @@ class ComparedAdapters:
     layers: tuple[ComparedLayer, ...]
     only_first: tuple[str, ...]
     only_second: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def list_adapters(*, folder: Path = Path("adapters"), base: str | Path | None = None, progress: Progress = SILENT) -> tuple[KeptAdapter, ...]:
@@ -261,7 +264,9 @@ def compare_adapters(*, first: str | Path, second: str | Path, progress: Progres
     rows, cosine, only_first, only_second = compared(loaded[0].portable, loaded[1].portable)
     sizes = [math.sqrt(sum(size_of(layer) ** 2 for layer in item.portable.layers.values())) for item in loaded]
     ratio = sizes[1] / sizes[0] if sizes[0] else math.nan
-    return ComparedAdapters(paths[0], paths[1], cosine, ratio, tuple(_row(row) for row in rows), tuple(only_first), tuple(only_second))
+    held = [(path, [kind for kind in kinds_of(item.portable) if kind in _NOT_COMPARED]) for path, item in zip(paths, loaded, strict=True)]
+    notes = tuple(f"{path} also holds {', '.join(kinds)}: only the factors are compared" for path, kinds in held if kinds)
+    return ComparedAdapters(paths[0], paths[1], cosine, ratio, tuple(map(_row, rows)), tuple(only_first), tuple(only_second), notes)
 
 
 def _row(row: LayerAgreement) -> ComparedLayer:

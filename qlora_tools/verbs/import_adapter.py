@@ -10,6 +10,7 @@ from qlora_tools.adapters.combine import kinds_of
 from qlora_tools.adapters.portable import Portable
 from qlora_tools.adapters.stored import Hints
 from qlora_tools.checkpoint.folder import check_output
+from qlora_tools.errors import UsageError
 from qlora_tools.names import slug
 from qlora_tools.progress import SILENT, Progress
 from qlora_tools.verbs.adapter_files import adapter_path, load, one_component, save_peft, source_name
@@ -66,7 +67,9 @@ def import_adapter(
     check_output(dest, force=force, inputs=inputs)
     hints = Hints(alpha=alpha, component=component)
     loaded = load(path, base=checkpoint, format_name=format_name, hints=hints, allow_pickle=allow_pickle, device=resolve_device(device), progress=progress)
-    loaded = one_component(loaded, component if component in loaded.components else None)
+    if component is not None and component not in loaded.components:
+        raise UsageError(f"{path} is for one model and names no components", hint="leave --component out")
+    loaded = one_component(loaded, component)
     portable = _named(loaded.portable, base)
     if not dry_run:
         save_peft(

@@ -30,7 +30,7 @@ from qlora_tools.training.metrics import FILE_NAME as METRICS
 from qlora_tools.training.metrics import MetricsLog, read_metrics
 from qlora_tools.training.plot import FILE_NAME as PLOT
 from qlora_tools.training.plot import plot_loss
-from qlora_tools.training.state import checkpoints, load_state, read_run, run_folder, write_run
+from qlora_tools.training.state import RUN, checkpoints, load_state, read_run, run_folder, write_run
 from qlora_tools.training.world import processes
 from qlora_tools.verbs.opening import describe_input, folder_name, open_model, resolve_device
 from qlora_tools.verbs.training_data import Data, prepare
@@ -96,6 +96,7 @@ def train(
         dest = output or Path("adapters") / slug(f"{folder_name(checkpoint.folder)}-lora-r{config.rank}")
         teacher_model = open_model(teacher, progress) if teacher is not None else None
         _check(dest, checkpoint, force, resume, dry_run)
+        world.any(False)  # no process goes on, and makes a folder, before all have looked
         made = prepare(checkpoint, Path(data), Path(val) if val is not None else None, config, progress)
         plan = plan_run(checkpoint, made, config, place, world.size, teacher_model)
         listen = listen if world.rank == 0 else events.silent
@@ -105,8 +106,9 @@ def train(
         with _explained_memory(plan):
             ready = prepare_run(checkpoint, made, plan, config, place, world, teacher_model, run_folder(dest), progress)
             words = {"base": str(base), "data": str(data), "val": str(val) if val else None, "teacher": str(teacher) if teacher else None}
-            _begin(ready, dest, words, force, resume)
-            stopped = _go(ready, listen, progress)
+            _begin(ready, dest, words, resume)
+            with _swept(ready, dest):
+                stopped = _go(ready, listen, progress)
         if stopped == "interrupted":
             raise Interrupted(
                 f"stopped at step {ready.run.progressed.step} of {ready.run.steps}; everything is saved in {run_folder(dest)}",
@@ -124,11 +126,14 @@ def _check(dest: Path, checkpoint: LogicalCheckpoint, force: bool, resume: bool,
     folder = run_folder(dest)
     if resume:
         read_run(dest)
-    elif not force and not dry_run and folder.exists():
-        raise OutputExistsError(f"an interrupted run lies in {folder}", hint="continue it with --resume, or start anew with --force")
+    elif folder.exists() and not dry_run:
+        if not (folder / RUN).is_file():
+            raise OutputExistsError(f"{folder}, where the run would keep its checkpoints, holds something else", hint="choose another output with -o")
+        if not force:
+            raise OutputExistsError(f"an interrupted run lies in {folder}", hint="continue it with --resume, or start anew with --force")
 
 
-def _begin(ready: Prepared, dest: Path, words: Mapping[str, Any], force: bool, resume: bool) -> None:
+def _begin(ready: Prepared, dest: Path, words: Mapping[str, Any], resume: bool) -> None:
     """Put the run where it stood, or make a new folder for it."""
     folder = run_folder(dest)
     if resume:
@@ -137,9 +142,20 @@ def _begin(ready: Prepared, dest: Path, words: Mapping[str, Any], force: bool, r
         if saved := checkpoints(folder):
             ready.restore(saved[-1])
     elif ready.run.world.rank == 0:
-        if force:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         write_run(dest, ready.identity, words)
+
+
+@contextmanager
+def _swept(ready: Prepared, dest: Path) -> Iterator[None]:
+    """A run that fails before its first checkpoint leaves no folder behind: there is nothing to continue."""
+    folder = run_folder(dest)
+    try:
+        yield
+    except Exception:
+        if ready.run.world.rank == 0 and not checkpoints(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _go(ready: Prepared, listen: events.Listener, progress: Progress) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,12 @@ from qlora_tools.adapters.merged import base_fingerprint
 from qlora_tools.checkpoint.logical import LogicalCheckpoint
 from qlora_tools.errors import IncompatibleError, UnsupportedError
 from qlora_tools.progress import Progress
-from qlora_tools.quant.codec import Codec
 from qlora_tools.training import events
 from qlora_tools.training.allocator import peak_bytes, return_freed_blocks
 from qlora_tools.training.base import Base, build_empty, load_base
 from qlora_tools.training.config import TrainConfig
 from qlora_tools.training.fused import fuse
-from qlora_tools.training.loop import Run, backward, restore
+from qlora_tools.training.loop import Run, backward, restore, train_mode
 from qlora_tools.training.lora import adapter_state, choose_modules, inject, rank_of, save_adapter, sides, trainable_parameters
 from qlora_tools.training.loss import LanguageLoss, Loss, label_loss
 from qlora_tools.training.masks import EncodeReport
@@ -33,10 +32,9 @@ from qlora_tools.training.samples import continue_text
 from qlora_tools.training.state import RunIdentity, seed_everything
 from qlora_tools.training.world import World
 from qlora_tools.verbs.opening import folder_name
-from qlora_tools.verbs.quantize import codec_for
 from qlora_tools.verbs.training_data import Data
+from qlora_tools.verbs.training_memory import TASK_TYPES, codec_of, compute_dtype, estimate_run, heads_of, teacher_codec
 
-_TASK_TYPES = {"language": "CAUSAL_LM", "classification": "SEQ_CLS", "image": None}
 _NEED_BATCHES = 4
 _PROBE_STEPS = 2
 
@@ -58,21 +56,6 @@ class TrainPlan:
     preview: tuple[tuple[str, bool], ...]
     estimate: Any = None
     seconds_per_step: float | None = None
-
-
-def codec_of(config: TrainConfig) -> Codec | None:
-    """How the base is held; ``None``: dense."""
-    return None if config.base_format == "bf16" else codec_for(config.base_format, block_size=config.block_size, double_quant=config.double_quant)
-
-
-def compute_dtype(config: TrainConfig, device: str) -> torch.dtype:
-    """bf16, or fp32 where it is asked for or where the processor multiplies bf16 by emulation."""
-    if config.compute != "auto":
-        return torch.bfloat16 if config.compute == "bf16" else torch.float32
-    if device.startswith("cuda"):
-        return torch.bfloat16
-    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return torch.bfloat16 if any(found.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16", "arm_bf16")) else torch.float32
 
 
 def plan_run(checkpoint: LogicalCheckpoint, made: Data, config: TrainConfig, device: str, processes: int, teacher: LogicalCheckpoint | None) -> TrainPlan:
@@ -101,12 +84,13 @@ def plan_run(checkpoint: LogicalCheckpoint, made: Data, config: TrainConfig, dev
         modules=tuple(modules),
         ranks=ranks,
         trainable_parameters=trainable,
-        total_parameters=sum(parameter.numel() for parameter in empty.parameters()) + trainable,
+        total_parameters=sum(spec.numel for spec in checkpoint.specs.values()) + trainable,
         steps=steps,
         epochs=steps * per_step / len(made.rows),
         rows=len(made.rows),
         data=made.report,
         preview=made.preview,
+        estimate=estimate_run(checkpoint, made, config, ranks, device, teacher),
     )
 
 
@@ -176,10 +160,9 @@ def prepare_run(
     model, ranks = _adapted(base, made, plan, config, dtype, checkpoint)
     checkpointing = config.checkpointing == "on" or (config.checkpointing == "auto" and plan.estimate is not None and plan.estimate.checkpointing)
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
+        recompute_activations(model)
     fuse(model)
-    loss = _loss(base, made.task, teacher, config, dtype, device, progress)
+    loss, teacher_sha256 = _loss(base, made.task, teacher, config, dtype, device, progress)
     run = Run(
         model=model,
         masters=Masters(trainable_parameters(model)),
@@ -195,13 +178,10 @@ def prepare_run(
     )
     identity = RunIdentity(
         config=config.record(),
-        base=folder_name(checkpoint.folder),
         base_sha256=base.identity,
-        data="rows",
         data_sha256=made.rows.sha256,
-        val="rows" if made.held_out is not None else None,
         val_sha256=made.held_out.sha256 if made.held_out is not None else None,
-        teacher=teacher.stored.headers_sha256() if teacher is not None else None,
+        teacher_sha256=teacher_sha256,
         world=world.size,
     )
     prepared = Prepared(run, base, dataclasses.replace(plan, ranks=ranks), identity, folder, checkpointing)
@@ -209,17 +189,34 @@ def prepare_run(
     return prepared
 
 
+def recompute_activations(model: Any) -> None:
+    """Keep only what enters each layer, and compute the layer again in the backward pass.
+
+    Raises:
+        UnsupportedError: the model's class cannot.
+    """
+    settings = {"use_reentrant": False}
+    try:
+        if hasattr(model, "activation_checkpointing_enable"):  # transformers has renamed it
+            model.activation_checkpointing_enable(settings)
+        else:
+            model.gradient_checkpointing_enable(settings)
+    except ValueError as error:
+        raise UnsupportedError(f"{type(model.get_base_model()).__name__} cannot recompute its activations", hint="leave out --checkpointing") from error
+    model.enable_input_require_grads()
+
+
 def _adapted(
     base: Base, made: Data, plan: TrainPlan, config: TrainConfig, dtype: torch.dtype, checkpoint: LogicalCheckpoint
 ) -> tuple[PeftModel, Mapping[str, int]]:
     """The PEFT model, at ranks by measured need where the config asks for it."""
-    heads = base.fresh or tuple(_heads(base.model, checkpoint) if made.task != "language" else ())
+    heads = base.fresh or heads_of(base.model, checkpoint, made.task)
 
     def put(ranks: Mapping[str, int], chosen: TrainConfig) -> PeftModel:
         originals: Callable[[str], torch.Tensor] | None = None
         if chosen.init == "loftq" and not checkpoint.quantized:
             originals = lambda path: checkpoint.read(base.tensor_of[path])  # noqa: E731
-        return inject(base.model, ranks, chosen, _TASK_TYPES[made.task], heads=heads, originals=originals, dtype=dtype)
+        return inject(base.model, ranks, chosen, TASK_TYPES[made.task], heads=heads, originals=originals, dtype=dtype)
 
     if config.rank_budget is None:
         return put(plan.ranks, config), plan.ranks
@@ -238,21 +235,18 @@ def _adapted(
     return put(ranks, config), ranks
 
 
-def _heads(model: Any, checkpoint: LogicalCheckpoint) -> Iterable[str]:
-    """The task's own head: linears with the family's role of a head."""
-    return [path for path, module in model.named_modules() if isinstance(module, torch.nn.Linear) and checkpoint.family.role(path) == "head"]
-
-
 def _task_loss(causal: Any, task: str) -> Loss:
     return LanguageLoss(causal) if task == "language" else label_loss
 
 
-def _loss(base: Base, task: str, teacher: LogicalCheckpoint | None, config: TrainConfig, dtype: torch.dtype, device: str, progress: Progress) -> Loss:
+def _loss(
+    base: Base, task: str, teacher: LogicalCheckpoint | None, config: TrainConfig, dtype: torch.dtype, device: str, progress: Progress
+) -> tuple[Loss, str | None]:
+    """(the loss, the hash of the teacher that it follows)."""
     if task != "language" or teacher is None:
-        return _task_loss(base.model, task)
-    held = {item.codec.name: item.codec for item in teacher.quantized.values()}
-    guide = load_base(teacher, "language", next(iter(held.values()), None), dtype=dtype, device=device, progress=progress).model
-    return LanguageLoss(base.model, teacher=guide, teacher_weight=config.teacher_weight, temperature=config.temperature)
+        return _task_loss(base.model, task), None
+    guide = load_base(teacher, "language", teacher_codec(teacher), dtype=dtype, device=device, progress=progress)
+    return LanguageLoss(base.model, teacher=guide.model, teacher_weight=config.teacher_weight, temperature=config.temperature), guide.identity
 
 
 def _sampler(model: Any, made: Data, config: TrainConfig) -> Callable[[str], str] | None:
@@ -264,7 +258,7 @@ def _sampler(model: Any, made: Data, config: TrainConfig) -> Callable[[str], str
 def _probe(run: Run, device: str) -> int:
     """Peak bytes after forward and backward passes over the batch with the longest rows; nothing of the run changes."""
     longest = run.rows.longest()
-    run.model.train()
+    train_mode(run.model)
     for number in range(_PROBE_STEPS):
         seed_everything(run.config.seed, "probe", number)
         backward(run, run.rows.batch([longest] * run.config.batch), 1)

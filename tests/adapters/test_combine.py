@@ -216,3 +216,9 @@ def test_shapes_that_differ_do_not_compare() -> None:
 
 def test_what_an_adapter_holds_is_named() -> None:
     assert kinds_of(Portable({"q": random_layer(kind=CONV, bias=torch.ones(8))}, {"h": torch.ones(1)})) == ("bias", "convolution", "whole tensors")
+
+
+def test_a_byte_budget_counts_what_is_no_factor() -> None:
+    portable = Portable({"q": random_layer(16, 16, 6, bias=torch.ones(16))}, {"norm.weight": torch.ones(64)})
+    smaller, _, _ = resized("x", portable, max_bytes=16 * 4 + 64 * 4 + 2 * 32 * 4)
+    assert smaller.layers["q"].rank == 2 and smaller.nbytes == 16 * 4 + 64 * 4 + 2 * 32 * 4

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -199,3 +199,36 @@ def test_merged_linear_of_old_releases_is_written_out() -> None:
 def test_what_peft_has_no_words_for_is_refused(layers: dict[str, dict[str, Any]], named: str) -> None:
     with pytest.raises(UnsupportedError, match=named):
         portable_peft.content(Portable({name: Layer(torch.ones(2, 5), torch.ones(4, 2), 1.0, **more) for name, more in layers.items()}))
+
+
+def test_patterns_mean_one_module_also_where_its_path_ends_another() -> None:
+    layers = {
+        "q": Layer(torch.ones(2, 5), torch.ones(4, 2), 1.5),
+        "in.q": Layer(torch.ones(3, 5), torch.ones(4, 3), 0.7),
+        "v": Layer(torch.ones(2, 5), torch.ones(4, 2), 3.0),
+    }
+    again = portable_peft.read(*vars(portable_peft.content(Portable(layers))).values())
+    assert {name: (layer.rank, layer.scale) for name, layer in again.layers.items()} == {
+        name: (layer.rank, pytest.approx(layer.scale)) for name, layer in layers.items()
+    }
+
+
+def test_a_module_inside_an_adapted_one_is_written_where_peft_looks_for_it() -> None:
+    class Attends(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.attention(x, x, x)[0]
+
+    live = get_peft_model(Attends(), LoraConfig(r=2, lora_alpha=2, target_modules=["attention"]))
+    with torch.no_grad():
+        for name, parameter in live.named_parameters():
+            if "lora_" in name:
+                parameter.normal_()
+    theirs = get_peft_model_state_dict(live)
+    portable = portable_peft.read({"r": 2, "lora_alpha": 2, "target_modules": ["attention", "attention.out_proj"]}, theirs)
+    assert portable.layers.keys() == {"attention", "attention.out_proj"}
+    assert portable_peft.content(portable).tensors.keys() == theirs.keys()

@@ -524,7 +524,7 @@ def test_a_second_interruption_points_to_the_last_checkpoint(run, training):
 @pytest.fixture
 def stored(run, training):
     config = TrainConfig(rank=8, rank_pattern=(("q", 2),), samples=("a",), epochs=2.0)
-    write_run(Path("adapters/mine"), RunIdentity(config.record(), "base", "1" * 64, "d.jsonl", "2" * 64), {})
+    write_run(Path("adapters/mine"), RunIdentity(config.record(), "1" * 64, "2" * 64), {"base": "base", "data": "d.jsonl"})
     return config
 
 
@@ -550,9 +550,9 @@ def test_resume_where_no_run_is_says_so(run, training):
 
 
 def test_damaged_options_of_a_stored_run_are_refused(run, training):
-    write_run(Path("there"), RunIdentity({"rank_pattern": ["q"]}, "base", "1", "d", "2"), {})
+    write_run(Path("there"), RunIdentity({"rank_pattern": ["q"]}, "1", "2"), {})
     assert run("--resume", "-o", "there")[0] == 4
-    write_run(Path("there"), RunIdentity({"rank": "many"}, "base", "1", "d", "2"), {})
+    write_run(Path("there"), RunIdentity({"rank": "many"}, "1", "2"), {})
     assert run("--resume", "-o", "there")[0] == 4
 
 

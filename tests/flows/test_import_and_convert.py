@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qlora_tools.checkpoint.safetensors_file import SafetensorsFile
 from qlora_tools.checkpoint.writer import SafetensorsWriter
+from tests.adapters.tiny_models import forward, gpt2, save
 from tests.conftest import build_llama
 from tests.flows.conftest import files
 
@@ -228,6 +229,12 @@ def test_broken_gguf_and_its_predecessor_are_refused(qlt, here, llama, tmp_path,
     assert qlt("import", tmp_path / "x.gguf", "--base", llama).code in (4, 8) and files(here) == set()
 
 
+@pytest.mark.parametrize("words", [["--alpha", 3], ["--component", "unet"]])
+def test_words_that_would_be_ignored_are_refused(qlt, here, stock, words):
+    done = qlt("import", stock, *words)
+    assert done.code == 2 and "leave" in done.err and files(here) == set()
+
+
 def test_nothing_there_is_said_so(qlt, here, tmp_path):
     assert qlt("import", tmp_path / "nowhere").code == 9
     (tmp_path / "empty").mkdir()
@@ -308,3 +315,59 @@ def test_what_the_target_cannot_carry_is_refused_by_name_even_in_a_dry_run(qlt, 
 def test_an_unknown_target_is_refused_before_the_adapter_is_opened(qlt, here, tmp_path):
     done = qlt("convert", tmp_path / "nowhere", "--to", "tensorrt")
     assert done.code == 2 and "peft" in done.err and "gguf" in done.err
+
+
+@pytest.mark.parametrize("verb", [["import"], ["convert", "--to", "gguf"], ["adapters", "resize", "--rank", "2"], ["adapters", "sum"]])
+def test_an_output_in_the_way_is_seen_before_a_weight_is_read(qlt, here, stock, monkeypatch, verb):
+    (here / "taken").mkdir()
+    (here / "taken/file").write_text("mine")
+    monkeypatch.setattr(SafetensorsFile, "read", lambda *_: pytest.fail("a weight was read"))
+    for force in ([], ["--force"]):
+        done = qlt(*verb, stock, "-o", "taken", *force)
+        assert done.code == 7 and (here / "taken/file").read_text() == "mine"
+
+
+def test_gpt2_stored_without_its_prefix_gets_the_names_of_the_live_model(qlt, here, tmp_path):
+    saved = save(tmp_path, gpt2, target_modules=["c_attn"], fan_in_fan_out=True)
+    weights = load_file(saved.base / "model.safetensors")
+    save_file({name.removeprefix("transformer."): tensor for name, tensor in weights.items()}, saved.base / "model.safetensors", metadata={"format": "pt"})
+    assert qlt("convert", saved.adapter, "--to", "gguf", "--base", saved.base, "-o", "g").code == 0
+    assert qlt("import", "g", "--base", saved.base, "-o", "again").code == 0
+    config = json.loads((here / "again/adapter_config.json").read_text())
+    assert config["fan_in_fan_out"] and config["target_modules"] == ["c_attn"]
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(saved.base), here / "again").eval()
+    torch.testing.assert_close(forward(again), forward(saved.live), atol=2e-6, rtol=1e-5)
+
+
+def test_a_pissa_start_needs_the_weights_unquantized(qlt, here, llama, stock, tmp_path):
+    assert qlt("quantize", llama, "--nf4", "-o", "nf4").code == 0
+    done = qlt("import", edited(stock, tmp_path / "pissa", init_lora_weights="pissa"), "--base", "nf4", "-o", "x")
+    assert done.code == 2 and "16-bit" in done.err and not (here / "x").exists()
+
+
+def test_an_adapter_on_a_quantized_base_keeps_the_hashes_of_what_was_quantized(qlt, here, llama, stock):
+    assert qlt("quantize", llama, "--nf4", "-o", "nf4").code == 0
+    for name, base in (("a", "nf4"), ("b", llama)):
+        assert qlt("import", stock, "--base", base, "-o", name).code == 0
+    first, second = (json.loads((here / name / "qlt-manifest.json").read_text())["base_tensors"] for name in "ab")
+    assert first == second and len(first) == 4
+
+
+def test_of_a_file_for_several_models_one_is_chosen(qlt, here, tmp_path):
+    tensors = {
+        f"{component}.{module}.lora_{side}.weight": torch.randn(shape)
+        for component, module in (("unet", "mid_block.attentions.0.proj_in"), ("text_encoder", "text_model.encoder.layers.0.self_attn.q_proj"))
+        for side, shape in (("A", (2, 8)), ("B", (6, 2)))
+    }
+    save_file(tensors, tmp_path / "style.safetensors")
+    done = qlt("import", tmp_path / "style.safetensors")
+    assert done.code == 2 and "text_encoder, unet" in done.err and "--component" in done.err and files(here) == set()
+    assert qlt("import", tmp_path / "style.safetensors", "--component", "prior").code in (2, 3) and files(here) == set()
+    assert qlt("import", tmp_path / "style.safetensors", "--component", "unet").code == 0
+    assert {name.split(".")[2] for name in load_file(here / "adapters/style/adapter_model.safetensors")} == {"mid_block"}
+    done = qlt("convert", tmp_path / "style.safetensors", "--to", "kohya", "-o", "k", "--json")
+    assert done.code == 0 and done.json["components"] == ["text_encoder", "unet"]
+    names = load_file(here / "k/adapter.safetensors")
+    assert {name.split(".")[0] for name in names} == {"lora_unet_mid_block_attentions_0_proj_in", "lora_te_text_model_encoder_layers_0_self_attn_q_proj"}
+    done = qlt("convert", tmp_path / "style.safetensors", "--to", "gguf")
+    assert done.code == 2 and "--component" in done.err

@@ -48,7 +48,8 @@ _KEY = re.compile(
 #: What the oldest files call ``out`` projections of the two kinds of models.
 _TEXT_PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 _MARKS = re.compile(r"\.(processor\.|to_[qkv]\.|to_[qkv]_lora\.|to_out[._]|lora_linear_layer\.|lora\.(down|up)\.)|transformer_blocks\.|(down|up)_blocks\.")
-_LANGUAGE_MODEL = re.compile(r"transformer\.(h|wte|wpe|word_embeddings|layers?|blocks)\b(?!_)")
+#: Language models whose paths begin with ``transformer.`` too.
+_LANGUAGE_MODEL = re.compile(r"transformer\.(h|wte|wpe|word_embeddings|layers?|blocks)\.")
 
 
 @dataclass
@@ -64,11 +65,13 @@ def recognise(keys: Collection[str], metadata: Mapping[str, str]) -> bool:
     matches = {key: match for key in listed if (match := _KEY.fullmatch(key))}
     if not any(match["module"] and not (match["magnitude"] or match["alpha"]) for match in matches.values()):
         return False
-    if any(key.startswith(("base_model.", *names.UNDERSCORED)) or _LANGUAGE_MODEL.match(key) for key in listed) or len(matches) < len(listed):
+    if any(key.startswith(("base_model.", *names.UNDERSCORED)) for key in listed) or len(matches) < len(listed):
         return False
     if any(match["peft"] and not match["leaf"] for match in matches.values()):  # bare parameters: other formats write them
         return False
-    return METADATA_KEY in metadata or all(names.component_of(key) for key in listed) or any(_MARKS.search(key) for key in listed)
+    if METADATA_KEY in metadata or any(_MARKS.search(key) for key in listed):
+        return True
+    return all(names.component_of(key) and not _LANGUAGE_MODEL.match(key) for key in listed)
 
 
 def read(

@@ -18,6 +18,7 @@ from qlora_tools.errors import CorruptError, IncompatibleError, QltError, UsageE
 from qlora_tools.names import shortened
 
 T = TypeVar("T")
+_NO_BASE = "read without the base: names are taken for those of Stable Diffusion, shapes are as the file has them"
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def read(
                 made |= {piece.module: Built(piece.cut(built.layer), built.stored_rank) for piece in group.target.pieces}
         result[base.component] = made
     raise_all(problems)
-    return result, notes
+    return result, notes if modules is not None else (*notes, _NO_BASE)
 
 
 def _sort(tensors: Mapping[str, torch.Tensor], leaves: Collection[str]) -> _Sorted:
@@ -113,13 +114,14 @@ def _sort(tensors: Mapping[str, torch.Tensor], leaves: Collection[str]) -> _Sort
 
 
 def choose(groups: dict[str, T], component: str | None) -> tuple[dict[str, T], tuple[str, ...]]:
-    """The component asked for, or all. Raises UsageError where it is not in the file."""
+    """The component asked for, or all, and a note on what was left. Raises UsageError where it is not in the file."""
     if component is None:
         return groups, ()
-    if component not in groups:
+    found = next((name for name in names.synonyms(component) if name in groups), None)
+    if found is None:
         raise UsageError(f"the adapter does not change `{component}`", hint=f"it changes {shortened(sorted(groups))}")
-    others = sorted(set(groups) - {component})
-    return {component: groups[component]}, ((f"left out on request: {', '.join(others)}",) if others else ())
+    others = sorted(set(groups) - {found})
+    return {found: groups[found]}, ((f"left out on request: {', '.join(others)}",) if others else ())
 
 
 def _named(tensors: Mapping[str, torch.Tensor], groups: dict[str, dict[str, str]], base: Base) -> Iterator[Group]:

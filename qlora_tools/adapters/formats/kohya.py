@@ -13,6 +13,7 @@ Source: kohya-ss/sd-scripts ``networks/lora.py``; KohakuBlueleaf/LyCORIS ``modul
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 
 import torch
@@ -26,6 +27,8 @@ from qlora_tools.names import shortened
 
 DOWN, UP, ALPHA, DORA = "lora_down.weight", "lora_up.weight", "alpha", "dora_scale"
 LEAVES = (DOWN, UP, ALPHA, DORA)
+#: Modules that only SDXL has: its added conditions, and more than one transformer layer in a block.
+_OF_SDXL = re.compile(r"add_embedding\.|(down|mid|up)_blocks?\..*transformer_blocks\.[1-9]")
 #: Component -> first part of the names that are written. SD 1 and 2 have one text encoder, called ``lora_te_``.
 _PREFIXES = {
     "unet": "lora_unet_",
@@ -94,21 +97,24 @@ def write(
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors and metadata of one file with every component's adapter.
 
-    ``use_sgm_names``: name the UNet's modules as the research code does, which readers expect of SDXL; by default when there
-    are two text encoders or the base has SDXL's ``add_embedding``. ``modules``: the UNet's modules; SDXL's without.
+    ``use_sgm_names``: name the UNet's modules as the research code does, which readers expect of SDXL; by default when
+    something tells that it is SDXL. ``modules``: the UNet's modules; SDXL's without.
 
     Raises:
-        UnsupportedError: something that this format cannot hold (biases, embeddings, whole tensors), by name.
+        UnsupportedError: something that this format cannot hold (biases, embeddings, whole tensors) or name, by name.
     """
     if use_sgm_names is None:
-        use_sgm_names = "text_encoder_2" in portables or any(name.startswith("add_embedding") for name in modules or ())
+        changed = [module for component in ("unet", "") if component in portables for module in portables[component].layers]
+        use_sgm_names = "text_encoder_2" in portables or any(_OF_SDXL.match(name) for name in (*changed, *(modules or ())))
     research = {module: spelling for spelling, module in sgm.spellings(modules or sgm.sdxl_modules())} if use_sgm_names else {}
     tensors: dict[str, torch.Tensor] = {}
     for component, portable in portables.items():
         refuse_unwritable(portable, "kohya")
         prefix = _prefix(component, portables)
         for module, layer in portable.layers.items():
-            spelling = research.get(module, module) if component in ("unet", "") else module
+            spelling = research.get(module) if use_sgm_names and component in ("unet", "") else module
+            if spelling is None:
+                raise UnsupportedError(f"`{module}` has no name in SDXL's UNet", hint="give the UNet with --base, or ask for diffusers' names")
             for leaf, tensor in _leaves(layer).items():
                 _put(tensors, f"{prefix}{names.flat(spelling)}.{leaf}", tensor)
     return tensors, _metadata(portables)

@@ -60,14 +60,15 @@ REFUSED = {
 }
 _OWN = (MID, SCALAR, *LOHA, *LOHA_TUCKER, *LOKR)
 _LEAVES = (*kohya.LEAVES, *_OWN, *REFUSED)
+_DIFFUSERS_CONFIG = "lora_adapter_metadata"
 #: An expanded layer larger than this (1 GiB in fp32) is a mistake or an attack.
 _MAX_NUMBERS = 1 << 28
 
 
 def recognise(keys: Collection[str], metadata: Mapping[str, str]) -> bool:
-    """Whether a file has a leaf that only LyCORIS writes."""
+    """Whether a file has a leaf that only LyCORIS writes. PEFT's own LoHa and LoKr keep alpha elsewhere and are not of this format."""
     own = {*_OWN, *REFUSED} - {"rescale", SCALAR}
-    return any(grouped.split_leaf(key, own) for key in keys)
+    return any(grouped.split_leaf(key, own) and not key.startswith("base_model.") for key in keys)
 
 
 def read(
@@ -87,6 +88,10 @@ def read(
         :func:`kohya.read` for the rest.
     """
     _refuse_kinds(tensors)
+    if _DIFFUSERS_CONFIG in metadata:
+        raise UnsupportedError(
+            f"the scale of this LyCORIS adapter is in the metadata `{_DIFFUSERS_CONFIG}`, which is PEFT's own kind", hint="merge it with diffusers"
+        )
 
     def build(group: Group) -> Built:
         built = _build(group)

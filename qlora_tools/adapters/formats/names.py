@@ -83,16 +83,18 @@ def bases(modules: Modules | Mapping[str, Modules] | None, components: Iterable[
     nested = cast(Mapping[str, Modules], modules)
     found: dict[str, Base] = {}
     for component in wanted:
-        same = next((name for name in _synonyms(component) if name in nested), None)
+        same = next((name for name in synonyms(component) if name in nested), None)
         if same is None:
             raise IncompatibleError(
                 f"the adapter changes `{component}`, the base has {shortened(nested)}", hint="give the pipeline that the adapter was trained on"
             )
+        if any(base.component == same for base in found.values()):
+            raise IncompatibleError(f"the adapter changes `{same}` under several names: {shortened(wanted)}", hint="name the component that is wanted")
         found[component] = Base(same, nested[same])
     return found
 
 
-def _synonyms(component: str) -> tuple[str, ...]:
+def synonyms(component: str) -> tuple[str, ...]:
     """Trainers call the denoiser ``unet`` whatever it is."""
     return (component, "transformer", "unet") if component in ("unet", "transformer", "diffusion_model") else (component,)
 

@@ -74,7 +74,7 @@ def layer(name: str, a: torch.Tensor, b: torch.Tensor, scale: float, shape: tupl
     rank = a.shape[0]
     wanted = tuple(a.shape[1:]) if shape is None else tuple(shape[1:])
     found = _squeezed(tuple(a.shape[1:]), len(wanted))
-    if found != wanted or (shape is not None and b.shape[0] != shape[0]):
+    if not wanted or found != wanted or (shape is not None and b.shape[0] != shape[0]):
         raise IncompatibleError(
             f"`{name}`: factors {list(a.shape)} and {list(b.shape)} for a weight of {list(shape or ())}",
             hint="give the base model that the adapter was trained on",

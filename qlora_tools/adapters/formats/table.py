@@ -44,6 +44,7 @@ def _image_format(name: str, write: Write | None = None) -> Format:
         return bool(_module(name).recognise(stored.specs.keys(), stored.metadata))
 
     def read(stored: StoredAdapter, hints: Hints) -> Components:
+        _refuse_alpha(stored, hints, f"{name} files")
         found: Components = _module(name).read(stored.tensors, stored.metadata, hints.modules, component=hints.component)
         return found
 
@@ -66,6 +67,11 @@ def _language_format(name: str, write: Write | None = None, *, own_file: bool = 
     return Format(recognise, read, write)
 
 
+def _refuse_alpha(stored: StoredAdapter, hints: Hints, who: str) -> None:
+    if hints.alpha is not None:
+        raise UsageError(f"{stored.path}: alpha {hints.alpha:g} was given, but {who} state it themselves", hint="leave --alpha out")
+
+
 def _is_peft(stored: StoredAdapter) -> bool:
     """With a configuration of PEFT beside; or raw keys that only PEFT's modules have (``lora_A.weight``, not loralib's bare ``lora_A``)."""
     config = stored.config or {}
@@ -80,6 +86,8 @@ def _is_peft(stored: StoredAdapter) -> bool:
 def _read_peft(stored: StoredAdapter, hints: Hints) -> Components:
     from qlora_tools.adapters import portable_peft
 
+    if stored.config is not None:
+        _refuse_alpha(stored, hints, "adapter_config.json")
     content = stored.config if stored.config is not None else portable_peft.config_of_shapes(stored.specs, hints.alpha, str(stored.path))
     return {"": portable_peft.read(content, stored.tensors, str(stored.path))}
 

@@ -147,6 +147,8 @@ def compare_command(first: str, second: str, as_json: bool, quiet: bool) -> None
     for label, modules in (("first", result.only_first), ("second", result.only_second)):
         if modules:
             screen.say(f"{plural(len(modules), 'module')} only in the {label}")
+    for note in result.notes:
+        screen.remark(f"note: {note}")
     screen.result(result, f"cosine {result.cosine:+.4f}, size ratio {result.ratio:.3f} over {plural(len(result.layers), 'common module')}")
 
 

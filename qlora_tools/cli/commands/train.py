@@ -235,7 +235,7 @@ def _stored(common: Shared) -> tuple[dict[str, Any], dict[str, Any]]:
         TrainConfig(**choices)
     except (TypeError, ValueError) as error:
         raise CorruptError(f"{common.output}: the run's options are damaged: {error}", hint="start it anew with --force") from error
-    paths = {name: words.get(name) or getattr(identity, name) for name in ("base", "data", "val", "teacher")}
+    paths = {name: words.get(name) for name in ("base", "data", "val", "teacher")}
     common.screen.remark(f"resuming {common.session.relative(common.output)}: base {paths['base']}, data {paths['data']}")
     return paths, choices
 

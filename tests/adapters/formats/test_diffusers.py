@@ -184,7 +184,7 @@ class TestRecognise:
         [
             ["unet.down_blocks.0.a.lora_A.weight", "unet.down_blocks.0.a.lora_B.weight"],
             ["transformer.transformer_blocks.0.attn.to_q.lora_A.weight", "transformer.transformer_blocks.0.attn.to_q.lora_B.weight"],
-            ["transformer.blocks_0.a.lora_A.weight"],
+            ["transformer.blocks.0.attn1.to_q.lora_A.weight", "transformer.blocks.0.ffn.net.2.lora_A.weight"],
             ["text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.down.weight"],
             ["down_blocks.0.attentions.0.proj_in.lora.down.weight"],
         ],
@@ -197,6 +197,7 @@ class TestRecognise:
         [
             ["base_model.model.unet.a.lora_A.weight"],
             ["transformer.h.0.attn.c_attn.lora_A.weight", "transformer.h.0.attn.c_attn.lora_B.weight"],
+            ["transformer.blocks.0.attn.Wqkv.lora_A.weight"],
             ["model.layers.0.self_attn.q_proj.lora_A.weight"],
             ["transformer.h.0.attn.attn.lora_A"],
             ["layers.0.attn.q_proj.lora_a.weight"],

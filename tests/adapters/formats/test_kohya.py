@@ -168,12 +168,13 @@ class TestHostile:
             ({"something_else": torch.ones(1)}, IncompatibleError, "something_else"),
             ({"lora_unet_conv_inn.lora_up.weight": torch.ones(6, 1)}, IncompatibleError, "conv_inn"),
             ({"lora_unet_conv_in.dora_scale": torch.ones(5, 1, 1, 1)}, IncompatibleError, "DoRA"),
+            ({"lora_unet_norm.lora_up.weight": torch.ones(6, 1), "lora_unet_norm.lora_down.weight": torch.ones(1, 1)}, IncompatibleError, "norm"),
         ],
     )
     def test_broken_files_are_refused_by_name(self, change, error, text):
         tensors = {key: tensor for key, tensor in (self.good() | change).items() if tensor is not None}
         with pytest.raises(error, match=text.replace(".", r"\.")):
-            kohya.read(tensors, {}, {"conv_in": (6, 3, 3, 3)})
+            kohya.read(tensors, {}, {"conv_in": (6, 3, 3, 3), "norm": (6,)})
 
     def test_every_bad_module_is_in_one_error(self):
         modules = {"conv_in": (6, 3, 3, 3), "conv_out": (3, 6, 3, 3)}
@@ -219,9 +220,17 @@ class TestComponents:
         found = kohya.read(tensors, {}, {"conv_in": (4, 4)}, component="unet")
         assert set(found) == {"unet"} and "text_encoder" in found["unet"].notes[0]
 
+    def test_transformer_may_be_asked_for_where_trainers_say_unet(self):
+        assert set(kohya.read(underscored({"conv_in": (4, 4)}), {}, component="transformer")) == {"unet"}
+
     def test_component_that_is_not_there_is_refused(self):
         with pytest.raises(UsageError, match="text_encoder"):
             kohya.read(underscored({"conv_in": (4, 4)}), {}, component="text_encoder")
+
+    def test_two_names_of_one_component_are_refused(self):
+        tensors = underscored({"conv_in": (4, 4)}) | underscored({"conv_out": (4, 4)}, "lora_transformer_")
+        with pytest.raises(IncompatibleError, match="several names"):
+            kohya.read(tensors, {}, {"unet": {"conv_in": (4, 4), "conv_out": (4, 4)}})
 
     def test_base_without_the_component_is_refused(self):
         with pytest.raises(IncompatibleError, match="unet"):
@@ -282,6 +291,18 @@ class TestWrite:
         layers = {"text_model.encoder.layers.0.mlp.fc1": Layer(torch.ones(1, 2), torch.ones(2, 1), 1.0)}
         tensors, _ = kohya.write({"text_encoder": Portable(layers), "text_encoder_2": Portable(layers)})
         assert {key.split("_text_model")[0] for key in tensors} == {"lora_te1", "lora_te2"}
+
+    def test_sdxl_is_told_by_its_modules(self):
+        one = Layer(torch.ones(1, 2), torch.ones(2, 1), 1.0)
+        deep = "up_blocks.0.attentions.1.transformer_blocks.1.attn1.to_q"
+        tensors, _ = kohya.write({"unet": Portable({deep: one})})
+        assert "lora_unet_output_blocks_1_1_transformer_blocks_1_attn1_to_q.alpha" in tensors
+        tensors, _ = kohya.write({"unet": Portable({deep: one})}, use_sgm_names=False)
+        assert f"lora_unet_{flat(deep)}.alpha" in tensors
+
+    def test_research_name_that_does_not_exist_is_not_made_up(self):
+        with pytest.raises(UnsupportedError, match=r"conv_inn"):
+            kohya.write({"unet": Portable({"conv_inn": Layer(torch.ones(1, 2), torch.ones(2, 1), 1.0)})}, use_sgm_names=True)
 
     def test_dora_round_trips(self):
         layer = Layer(torch.randn(2, 3, 3, 3), torch.randn(4, 2, 1, 1), 0.5, CONV, magnitude=torch.rand(4) + 1)

@@ -137,6 +137,9 @@ class TestExpansion:
         tensors = {"lycoris_a.lokr_w1": torch.ones(1, 1), "lycoris_a.lokr_w2": torch.ones(2, 2)}
         assert set(lycoris.read(tensors, {}, {"a": (2, 2)})) == {""}
 
+    def test_pefts_own_kronecker_adapters_are_not_its(self):
+        assert not lycoris.recognise(["base_model.model.a.lokr_w1", "base_model.model.a.lokr_w2"], {})
+
 
 class TestWithoutBase:
     def test_linear_of_stable_diffusion_is_read(self):
@@ -178,6 +181,11 @@ class TestRefused:
         with pytest.raises(UnsupportedError, match=kind) as caught:
             lycoris.read(tensors, {}, {"a": (2, 2)})
         assert f"{PREFIX}a.{leaf}" in str(caught.value) and "qlt extract" in caught.value.hint
+
+    def test_scale_that_stands_in_diffusers_metadata_is_not_ignored(self):
+        tensors = {"unet.a.lokr_w1": torch.ones(1, 1), "unet.a.lokr_w2": torch.ones(2, 2)}
+        with pytest.raises(UnsupportedError, match="metadata"):
+            lycoris.read(tensors, {diffusers.METADATA_KEY: "{}"}, {"a": (2, 2)})
 
     def test_rank_above_the_limit_is_refused(self):
         tensors, _, shapes = by_peft(LoHaConfig(r=3, alpha=3, target_modules=["proj"]))

@@ -1,0 +1,70 @@
+"""The memory estimate of a run, from headers and data: the same adapter, loss and largest batch as the run's, on tensors without content."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora_tools.checkpoint.logical import LogicalCheckpoint
+from qlora_tools.quant.codec import Codec
+from qlora_tools.training.config import TrainConfig
+from qlora_tools.training.estimate import Estimate, Subject, empty_base, estimator
+from qlora_tools.training.fused import fuse
+from qlora_tools.training.lora import inject
+from qlora_tools.training.loss import LanguageLoss, label_loss
+from qlora_tools.verbs.quantize import codec_for
+from qlora_tools.verbs.training_data import Data
+
+TASK_TYPES = {"language": "CAUSAL_LM", "classification": "SEQ_CLS", "image": None}
+
+
+def codec_of(config: TrainConfig) -> Codec | None:
+    """How the base is held; ``None``: dense."""
+    return None if config.base_format == "bf16" else codec_for(config.base_format, block_size=config.block_size, double_quant=config.double_quant)
+
+
+def compute_dtype(config: TrainConfig, device: str) -> torch.dtype:
+    """bf16, or fp32 where it is asked for or where the processor multiplies bf16 by emulation."""
+    if config.compute != "auto":
+        return torch.bfloat16 if config.compute == "bf16" else torch.float32
+    if device.startswith("cuda"):
+        return torch.bfloat16
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return torch.bfloat16 if any(found.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16", "arm_bf16")) else torch.float32
+
+
+def heads_of(model: nn.Module, checkpoint: LogicalCheckpoint, task: str) -> Iterable[str]:
+    """The task's own head, which is trained whole: linears with the family's role of a head. Language models keep theirs."""
+    if task == "language":
+        return ()
+    return [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and checkpoint.family.role(path) == "head"]
+
+
+def estimate_run(
+    checkpoint: LogicalCheckpoint, made: Data, config: TrainConfig, ranks: Mapping[str, int], device: str, teacher: LogicalCheckpoint | None
+) -> Estimate:
+    """Peak memory of the run that these would start."""
+    dtype = compute_dtype(config, device)
+
+    def adapt(model: nn.Module, chosen: TrainConfig) -> Subject:
+        heads = heads_of(model, checkpoint, made.task)
+        adapted = inject(model, ranks, chosen, TASK_TYPES[made.task], heads=heads, originals=lambda path: torch.empty(0), dtype=dtype)
+        fuse(adapted)
+        if made.task != "language":
+            return Subject(adapted, label_loss)
+        if teacher is None:
+            return Subject(adapted, LanguageLoss(model))
+        guide = empty_base(teacher, "language", teacher_codec(teacher), dtype)
+        loss = LanguageLoss(model, teacher=guide, teacher_weight=chosen.teacher_weight, temperature=chosen.temperature)
+        return Subject(adapted, loss, (guide,))
+
+    batch = made.rows.batch([made.rows.longest()] * config.batch)
+    return estimator(checkpoint, made.task, batch, config, adapt=adapt, codec_of=codec_of, dtype=dtype, device=device, labels=made.labels).estimate()
+
+
+def teacher_codec(teacher: LogicalCheckpoint) -> Codec | None:
+    """A teacher stays in the form that it is stored in."""
+    return next((item.codec for item in teacher.quantized.values()), None)
