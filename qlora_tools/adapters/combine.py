@@ -9,7 +9,9 @@ Axes: O outputs, I inputs (a convolution's kernel flattened into them), R rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -17,13 +19,17 @@ import torch
 
 from qlora_tools.adapters.portable import CONV, EMBEDDING, Layer, Portable
 from qlora_tools.adapters.portable_peft import scale_baked
+from qlora_tools.engine.plan import Outcome, Plan, Unit
+from qlora_tools.engine.run import run
 from qlora_tools.errors import IncompatibleError, UnsupportedError, UsageError
-from qlora_tools.lowrank.algebra import Agreement, CutError, agreement, cut_error, decompose, inner, norm
+from qlora_tools.lowrank.algebra import Agreement, CutError, Decomposed, agreement, cut_error, decompose, norm
 from qlora_tools.lowrank.factors import LowRank
 from qlora_tools.lowrank.ranks import Spectrum, rank_for_energy, ranks_for_bytes
 from qlora_tools.names import shortened
+from qlora_tools.progress import SILENT, Progress, Task
 
 T = TypeVar("T")
+R = TypeVar("R")
 Weighted = tuple[str, Portable, float]
 _MERGE = "merge the adapters into the base with `qlt merge` instead"
 
@@ -39,11 +45,22 @@ class Row:
 
 @dataclass(frozen=True)
 class LayerAgreement:
-    """How two adapters agree on one module; ``norms``: the size of each change."""
+    """How two adapters agree on one module."""
 
     module: str
-    norms: tuple[float, float]
     agreement: Agreement
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Layers that both adapters change; cosine and size ratio of the whole changes, where what one adapter leaves alone counts as
+    zero in it; and the modules that only one changes."""
+
+    rows: tuple[LayerAgreement, ...]
+    cosine: float
+    ratio: float
+    only_first: tuple[str, ...]
+    only_second: tuple[str, ...]
 
 
 def factors_of(layer: Layer) -> LowRank:
@@ -51,7 +68,7 @@ def factors_of(layer: Layer) -> LowRank:
     return LowRank(layer.a.reshape(layer.rank, -1), layer.b.reshape(layer.b.shape[0], -1))
 
 
-def sum_of(terms: Sequence[Weighted], rank: int | None = None) -> tuple[Portable, list[Row]]:
+def sum_of(terms: Sequence[Weighted], rank: int | None = None, *, progress: Progress = SILENT) -> tuple[Portable, list[Row]]:
     """The weighted sum of adapters (name, adapter, weight), exact or cut to ``rank``.
 
     One adapter with weight 1 and no cut comes back as it is. Factors keep the widest dtype of their sources where weights and
@@ -65,13 +82,14 @@ def sum_of(terms: Sequence[Weighted], rank: int | None = None) -> tuple[Portable
     if len(terms) == 1 and terms[0][2] == 1.0 and rank is None:
         return terms[0][1], []
     refuse_dora([(name, portable) for name, portable, _ in terms], "added")
-    layers, rows = {}, []
-    for module in sorted({module for _, portable, _ in terms for module in portable.layers}):
-        held = [(name, portable.layers[module], weight) for name, portable, weight in terms if module in portable.layers]
-        layers[module], row = _added(module, held, rank)
-        rows.append(row)
+    modules = sorted({module for _, portable, _ in terms for module in portable.layers})
+
+    def add(module: str) -> tuple[Layer, Row]:
+        return _added(module, [(name, portable.layers[module], weight) for name, portable, weight in terms if module in portable.layers], rank)
+
+    added = _each(modules, add, "add", progress)
     result = Portable(
-        layers,
+        {module: layer for module, (layer, _) in zip(modules, added, strict=True)},
         _taken_over([(name, portable.replacements, weight) for name, portable, weight in terms], torch.equal, "the whole tensor"),
         _taken_over([(name, portable.token_rows, weight) for name, portable, weight in terms], _same_rows, "token rows of"),
         next((portable.base_name for _, portable, _ in terms if portable.base_name), None),
@@ -79,7 +97,7 @@ def sum_of(terms: Sequence[Weighted], rank: int | None = None) -> tuple[Portable
         inputs_first=any(portable.inputs_first for _, portable, _ in terms),
         tied=any(portable.tied for _, portable, _ in terms),
     )
-    return result, rows
+    return result, [row for _, row in added]
 
 
 def _added(module: str, held: list[tuple[str, Layer, float]], rank: int | None) -> tuple[Layer, Row]:
@@ -159,7 +177,13 @@ def refuse_dora(adapters: Sequence[tuple[str, Portable]], done: str) -> None:
 
 
 def resized(
-    name: str, portable: Portable, *, rank: int | None = None, energy: float | None = None, max_bytes: int | None = None
+    name: str,
+    portable: Portable,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    max_bytes: int | None = None,
+    progress: Progress = SILENT,
 ) -> tuple[Portable, list[Row], list[str]]:
     """The best adapter of lower rank: ``rank`` everywhere, the smallest ranks that keep a share ``energy`` of each layer, or the ranks
     that lose least within ``max_bytes`` of factors. Also the rows of the report and the modules that keep nothing.
@@ -176,22 +200,14 @@ def resized(
     if energy is not None and not 0.0 < energy <= 1.0:
         raise UsageError(f"energy {energy} is not a share", hint="give a number above 0 and up to 1, such as 0.9")
     refuse_dora([(name, portable)], "cut")
-    found = {module: decompose(_scaled(layer)) for module, layer in portable.layers.items()}
-    spectra = {
-        module: Spectrum(factors_of(layer).shape, found[module].s_R[: found[module].numerical_rank], found[module].energy)
-        for module, layer in portable.layers.items()
-    }
-    ranks = _ranks(portable, spectra, rank, energy, max_bytes)
-    layers, rows = {}, []
-    for module, layer in portable.layers.items():
-        wanted = ranks[module]
-        if wanted >= layer.rank:
-            layers[module] = layer
-            rows.append(Row(module, layer.rank, CutError(found[module].energy ** 0.5, layer.rank, 0.0, 0.0)))
-        elif wanted:
-            stored = found[module].cut(wanted).to(layer.b.dtype)
-            layers[module] = replace(_shaped(layer, stored), bias=layer.bias)
-            rows.append(Row(module, layer.rank, cut_error(_scaled(layer), found[module], stored)))
+    ranks = {} if max_bytes is None else _ranks_for_bytes(portable, max_bytes, progress)
+
+    def resize(module: str) -> tuple[Layer, Row] | None:
+        return _resized(module, portable.layers[module], rank if max_bytes is None else ranks[module], energy)
+
+    found = dict(zip(portable.layers, _each(portable.layers, resize, "resize", progress), strict=True))
+    layers = {module: kept[0] for module, kept in found.items() if kept is not None}
+    rows = [kept[1] for kept in found.values() if kept is not None]
     dropped = [module for module in portable.layers if module not in layers]
     if not layers:
         raise UsageError("no layer would keep anything", hint="raise --max-bytes or --energy")
@@ -212,41 +228,83 @@ def _scaled(layer: Layer) -> LowRank:
     return LowRank(factors.a_RI, factors.b_OR.to(torch.promote_types(factors.b_OR.dtype, torch.float32)) * layer.scale)
 
 
-def _ranks(portable: Portable, spectra: Mapping[str, Spectrum], rank: int | None, energy: float | None, max_bytes: int | None) -> dict[str, int]:
-    if rank is not None:
-        return dict.fromkeys(spectra, rank)
-    if energy is not None:
-        return {module: rank_for_energy(spectrum, energy) for module, spectrum in spectra.items()}
-    assert max_bytes is not None
+def _resized(module: str, layer: Layer, rank: int | None, energy: float | None) -> tuple[Layer, Row] | None:
+    """One layer at ``rank``, or at the smallest that keeps ``energy``; ``None`` where it keeps nothing."""
+    found = decompose(_scaled(layer))
+    wanted = rank_for_energy(_spectrum(layer, found), energy) if energy is not None else rank
+    assert wanted is not None
+    if wanted >= layer.rank:
+        return layer, Row(module, layer.rank, CutError(found.energy**0.5, layer.rank, 0.0, 0.0))
+    if not wanted:
+        return None
+    stored = found.cut(wanted).to(layer.b.dtype)
+    return replace(_shaped(layer, stored), bias=layer.bias), Row(module, layer.rank, cut_error(_scaled(layer), found, stored))
+
+
+def _spectrum(layer: Layer, found: Decomposed) -> Spectrum:
+    return Spectrum(factors_of(layer).shape, found.s_R[: found.numerical_rank], found.energy)
+
+
+def _ranks_for_bytes(portable: Portable, max_bytes: int, progress: Progress) -> dict[str, int]:
     whole = portable.nbytes - sum(tensor.numel() * tensor.element_size() for layer in portable.layers.values() for tensor in (layer.a, layer.b))
     if whole >= max_bytes:
         raise UsageError(f"max_bytes {max_bytes} does not hold the {whole} bytes that are no factors", hint="raise --max-bytes")
-    width = max(layer.b.element_size() for layer in portable.layers.values())
-    return dict(zip(spectra, ranks_for_bytes(list(spectra.values()), max_bytes - whole, width), strict=True))
+    layers = portable.layers
+    spectra = _each(layers, lambda module: _spectrum(layers[module], decompose(_scaled(layers[module]))), "measure", progress)
+    width = max(layer.b.element_size() for layer in layers.values())
+    return dict(zip(layers, ranks_for_bytes(spectra, max_bytes - whole, width), strict=True))
 
 
-def compared(first: Portable, second: Portable) -> tuple[list[LayerAgreement], float, list[str], list[str]]:
-    """Layers that both change, the cosine of the whole changes (what one alone changes counts as zero in the other), and the modules
-    that only the first or only the second changes. DoRA magnitudes and whole tensors are not looked at.
+def _each(modules: Iterable[str], work: Callable[[str], R], title: str, progress: Progress) -> list[R]:
+    """``work`` done for every module, several at a time with one thread each, in order."""
+
+    def unit(module: str) -> Unit:
+        return Unit(f"{title} {module}", (), (), lambda: Outcome(report=work(module)))
+
+    found: list[R] = run(Plan((), tuple(map(unit, modules))), {}, title=title, progress=_Layers(progress))
+    return found
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """The engine counts bytes read; here nothing is read, and layers are counted."""
+
+    heard: Progress
+
+    def task(self, title: str, total: float | None = None, unit: str = "") -> AbstractContextManager[Task]:
+        return self.heard.task(title, total, "layers")
+
+    def note(self, message: str) -> None:
+        self.heard.note(message)
+
+
+def compared(first: Portable, second: Portable, *, progress: Progress = SILENT) -> Compared:
+    """Compare the factors of two adapters. DoRA magnitudes and whole tensors are not looked at.
 
     Raises:
         IncompatibleError: a module has other shapes in the two.
     """
-    rows, product, energies = [], 0.0, [0.0, 0.0]
-    for position, portable in enumerate((first, second)):
-        energies[position] = sum(size_of(layer) ** 2 for layer in portable.layers.values())
-    for module in sorted(first.layers.keys() & second.layers.keys()):
+
+    def compare(module: str) -> LayerAgreement:
         x, y = _scaled(first.layers[module]), _scaled(second.layers[module])
         if x.shape != y.shape or first.layers[module].kind != second.layers[module].kind:
             raise IncompatibleError(f"`{module}` is {list(x.shape)} in the first and {list(y.shape)} in the second", hint="only adapters of one base compare")
-        product += inner(x, y)
-        rows.append(LayerAgreement(module, (norm(x), norm(y)), agreement(x, y)))
-    whole = (energies[0] * energies[1]) ** 0.5
-    return (
-        rows,
-        product / whole if whole else float("nan"),
-        sorted(first.layers.keys() - second.layers.keys()),
-        sorted(second.layers.keys() - first.layers.keys()),
+        return LayerAgreement(module, agreement(x, y))
+
+    rows = _each(sorted(first.layers.keys() & second.layers.keys()), compare, "compare", progress)
+    product = sum(row.agreement.product for row in rows)
+    energies = [
+        sum(row.agreement.norms[position] ** 2 for row in rows)
+        + sum(size_of(layer) ** 2 for module, layer in portable.layers.items() if module not in other.layers)
+        for position, (portable, other) in enumerate(((first, second), (second, first)))
+    ]
+    norms = [math.sqrt(energy) for energy in energies]
+    return Compared(
+        tuple(rows),
+        product / (norms[0] * norms[1]) if all(norms) else math.nan,
+        norms[1] / norms[0] if norms[0] else math.nan,
+        tuple(sorted(first.layers.keys() - second.layers.keys())),
+        tuple(sorted(second.layers.keys() - first.layers.keys())),
     )
 
 

@@ -106,7 +106,7 @@ def adapter_config(
     common = max(sorted(set(ranks)), key=ranks.count) if ranks else 8
     others = {f"^{re.escape(target.module)}": target.rank for target in chosen if target.rank != common}
     saved = sorted(set(modules_to_save))
-    known = sorted(set(modules))
+    known = sorted({prefix for module in modules for prefix in _prefixes(module)})
     return {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -140,6 +140,12 @@ def task_type_of(config: Mapping[str, Any]) -> str | None:
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Write ``adapter_config.json``."""
     (folder / FILE_NAME).write_bytes(canonical_json(dict(config)))
+
+
+def _prefixes(module: str) -> list[str]:
+    """The module and every container above it: PEFT matches names against containers too, and cannot adapt one."""
+    parts = module.split(".")
+    return [".".join(parts[: end + 1]) for end in range(len(parts))]
 
 
 def _selection(chosen: list[str], known: list[str]) -> list[str] | str:

@@ -243,7 +243,9 @@ def content(portable: Portable, *, modules: Iterable[str] | None = None, task_ty
         tensors[saved_key(name, wrapped=split_tensor(name)[0] in layers)] = value
     for name, (_, rows) in portable.token_rows.items():
         tensors[f"{PREFIX}{split_tensor(name)[0]}.token_adapter.trainable_tokens_delta"] = rows
-    return PeftContent(_config(portable, layers, targets, modules, task_type), {key: value.contiguous() for key, value in sorted(tensors.items())})
+    config = _config(portable, layers, targets, modules, task_type)
+    parse_config(config, "the adapter to be written")  # what is written must be readable, whatever scale a foreign file had
+    return PeftContent(config, {key: value.contiguous() for key, value in sorted(tensors.items())})
 
 
 def write(folder: Path, stored: PeftContent) -> None:
@@ -331,7 +333,7 @@ def _config(portable: Portable, layers: Mapping[str, Layer], targets: list[Targe
 
 
 def _number(value: float) -> float | int:
-    return int(value) if value == int(value) else value
+    return int(value) if abs(value) < 1 << 53 and value == int(value) else value
 
 
 def _wide(tensor: torch.Tensor) -> torch.dtype:

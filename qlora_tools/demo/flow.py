@@ -1,6 +1,7 @@
 """``qlt demo``: the whole chain on one pair of models, ending in one table and one page.
 
-extract -> quantize -> merge (dense, NF4, and NF4 onto the grid, to see it fail) -> export fp32, int8, int4 -> bench.
+extract -> quantize -> merge (dense, NF4, and NF4 onto the grid, to see it fail) -> export fp32, int8, int4 -> bench. Beside the extracted adapter
+one is trained: a LoRA over the NF4 base, on the fine-tune's own text for as many steps.
 Everything is judged against the tuned model itself, so that the table shows what each step keeps of the fine-tune.
 """
 
@@ -18,15 +19,19 @@ from qlora_tools.demo.pair import STANDARD, Pair, Recipe, make_pair
 from qlora_tools.errors import UsageError
 from qlora_tools.progress import SILENT, Progress
 from qlora_tools.stages.extract import ExtractConfig
+from qlora_tools.training.config import TrainConfig
 from qlora_tools.verbs.bench import BenchResult, bench, layers_of
 from qlora_tools.verbs.export import ExportResult, export
 from qlora_tools.verbs.extract import ExtractResult, extract
 from qlora_tools.verbs.merge import MergeResult, merge
 from qlora_tools.verbs.quantize import QuantizeResult, quantize
+from qlora_tools.verbs.train import TrainResult, train
 
 EXPORTS = ("fp32", "int8", "int4")
 #: Enough samples for a p95, and no more: a demo should not take longer to measure than to train.
 QUICK = Workload(prompt_tokens=128, new_tokens=33, repeats=2, most_warmup=3)
+
+_TRAINED, _TRAINED_RANK, _TRAINED_LR = "trained-lora", 8, 2e-3
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class DemoResult:
     merged: MergeResult
     requantized: MergeResult
     on_grid: MergeResult
+    trained: TrainResult | None
     exported: tuple[ExportResult, ...]
     benched: BenchResult
     seconds: float
@@ -86,10 +92,12 @@ def demo(
     merged = step("merge", merge(base=base, adapters=pairs, output=folder / "merged", **common))
     requantized = step("merge to NF4", merge(base=base, adapters=pairs, scheme="nf4", output=folder / "merged-nf4", **common))
     on_grid = step("merge onto the NF4 grid", merge(base=base_nf4, adapters=pairs, scheme="nf4", output=folder / "merged-on-grid-nf4", **common))
+    trained = step("train a LoRA", _train(pair, folder, common)) if pair is not None else None
     exported = tuple(
         step(f"export {scheme}", export(base=base, adapters=pairs, scheme=scheme, output=folder / f"onnx-{scheme}", **common)) for scheme in EXPORTS
     )
     checkpoints = [base, tuned, folder / "merged", folder / "merged-nf4", folder / "merged-on-grid-nf4"]
+    checkpoints += [folder / _TRAINED] if trained is not None else []
     benched = bench(
         models=[*checkpoints, *(result.output for result in exported)],
         reference=tuned,
@@ -106,4 +114,16 @@ def demo(
         **common,
     )
     after("bench", benched)
-    return DemoResult(folder, pair, extracted, quantized, merged, requantized, on_grid, exported, benched, time.perf_counter() - began)
+    return DemoResult(folder, pair, extracted, quantized, merged, requantized, on_grid, trained, exported, benched, time.perf_counter() - began)
+
+
+def _train(pair: Pair, folder: Path, common: dict[str, Any]) -> TrainResult:
+    """A LoRA by the fine-tune's own schedule, merged into the weights it has seen: the dequantized ones."""
+    schedule = pair.finetune
+    config = TrainConfig(
+        rank=_TRAINED_RANK, lr=_TRAINED_LR, steps=schedule.steps, batch=schedule.batch, max_len=schedule.context, schedule="linear", warmup=0.05
+    )
+    adapter = folder / f"adapter-trained-r{_TRAINED_RANK}"
+    trained = train(base=pair.base, data=pair.prose, config=config, output=adapter, **common)
+    merge(base=pair.base, adapters=[(adapter, 1.0)], onto="dequantized", output=folder / _TRAINED, **common)
+    return trained

@@ -4,7 +4,7 @@ Both are ordinary Hugging Face folders of the Llama architecture (bf16 safetenso
 attention), with every width a multiple of 64. The fine-tune moves all weights a little, at full rank, as real
 fine-tunes do. The pair is kept: a second call with the same recipe, seed and texts returns what is there.
 
-    folder/base/  folder/tuned/  folder/heldout-prose.txt  folder/heldout-code.txt  folder/qlt-manifest.json
+    folder/base/  folder/tuned/  folder/prose.txt  folder/heldout-prose.txt  folder/heldout-code.txt  folder/qlt-manifest.json
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _KIND = "demo-pair"
-_BASE, _TUNED, _PROSE, _CODE = "base", "tuned", "heldout-prose.txt", "heldout-code.txt"
+_BASE, _TUNED, _TRAINED_ON, _PROSE, _CODE = "base", "tuned", "prose.txt", "heldout-prose.txt", "heldout-code.txt"
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,12 @@ class Scores:
 
 @dataclass(frozen=True)
 class Pair:
-    """Where everything is. ``reused``: nothing was trained this time."""
+    """Where everything is. ``prose`` is what the fine-tune learnt from, and ``finetune`` how. ``reused``: nothing was trained this time."""
 
     base: Path
     tuned: Path
+    prose: Path
+    finetune: Schedule
     heldout_prose: Path
     heldout_code: Path
     scores: Scores
@@ -119,17 +121,17 @@ def make_pair(
     """
     recipe = recipe.scaled(steps_scale)
     code, prose = code_corpus(stdlib), prose_corpus()
-    command = {"recipe": asdict(recipe), "seed": seed}
+    command = {"recipe": asdict(recipe), "seed": seed, "texts": [_TRAINED_ON, _PROSE, _CODE]}
     inputs = {corpus.domain: {"name": corpus.domain, "sha256": corpus.sha256()} for corpus in (code, prose)}
-    if found := _existing(folder, command, inputs):
+    if found := _existing(folder, recipe, command, inputs):
         return found
     with output_folder(folder, force=True) as partial:
         scores = _train_pair(partial, recipe, code, prose, seed, progress)
         seal(partial, Manifest(kind=_KIND, command=command, inputs=inputs, report=asdict(scores)))
-    return _pair(folder, scores, reused=False)
+    return _pair(folder, recipe, scores, reused=False)
 
 
-def _existing(folder: Path, command: dict[str, Any], inputs: dict[str, dict[str, str]]) -> Pair | None:
+def _existing(folder: Path, recipe: Recipe, command: dict[str, Any], inputs: dict[str, dict[str, str]]) -> Pair | None:
     """The finished pair in ``folder`` if it is the wanted one and whole; ``None`` if ``folder`` is free or holds another pair."""
     manifest = read_manifest(folder)
     if manifest is None:
@@ -141,11 +143,11 @@ def _existing(folder: Path, command: dict[str, Any], inputs: dict[str, dict[str,
     for name, facts in manifest.files.items():
         if not (folder / name).is_file() or sha256_file(folder / name) != facts["sha256"]:
             return None
-    return _pair(folder, Scores(**manifest.report), reused=True)
+    return _pair(folder, recipe, Scores(**manifest.report), reused=True)
 
 
-def _pair(folder: Path, scores: Scores, *, reused: bool) -> Pair:
-    return Pair(folder / _BASE, folder / _TUNED, folder / _PROSE, folder / _CODE, scores, reused)
+def _pair(folder: Path, recipe: Recipe, scores: Scores, *, reused: bool) -> Pair:
+    return Pair(folder / _BASE, folder / _TUNED, folder / _TRAINED_ON, recipe.finetune, folder / _PROSE, folder / _CODE, scores, reused)
 
 
 def _train_pair(folder: Path, recipe: Recipe, code: Corpus, prose: Corpus, seed: int, progress: Progress) -> Scores:
@@ -155,6 +157,7 @@ def _train_pair(folder: Path, recipe: Recipe, code: Corpus, prose: Corpus, seed:
         code_ids, prose_ids = pack(tokenizer, code.train), pack(tokenizer, prose.train)
         heldout = {corpus.domain: pack(tokenizer, corpus.heldout) for corpus in (code, prose)}
         task.advance(1, f"{recipe.vocab_size} tokens")
+    (folder / _TRAINED_ON).write_text(joined(prose.train), encoding="utf-8")
     for name, corpus in ((_PROSE, prose), (_CODE, code)):
         (folder / name).write_text(joined(corpus.heldout), encoding="utf-8")
 

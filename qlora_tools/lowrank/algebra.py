@@ -83,7 +83,8 @@ class Agreement:
 
     ``output_overlap`` and ``input_overlap``: mean squared cosine of the principal angles between the spans of their outputs
     (inputs), 1 when the smaller span lies in the larger, near rank / width by chance. ``smallest_angle``: the smallest
-    principal angle between the output spans, in degrees. All are ``nan`` when either is zero.
+    principal angle between the output spans, in degrees. All of these are ``nan`` when either is zero. ``norms`` and ``product``:
+    the Frobenius norms and the inner product.
     """
 
     cosine: float
@@ -91,22 +92,26 @@ class Agreement:
     output_overlap: float
     input_overlap: float
     smallest_angle: float
+    norms: tuple[float, float]
+    product: float
 
 
 def agreement(first: LowRank, second: LowRank) -> Agreement:
     """Compare two low-rank matrices of one shape."""
     x, y = decompose(first), decompose(second)
+    norms, product = (math.sqrt(x.energy), math.sqrt(y.energy)), inner(first, second)
     if not x.numerical_rank or not y.numerical_rank:
-        return Agreement(math.nan, math.nan, math.nan, math.nan, math.nan)
+        return Agreement(math.nan, math.nan, math.nan, math.nan, math.nan, norms, product)
     outputs = _principal_cosines(x.u_OR[:, : x.numerical_rank], y.u_OR[:, : y.numerical_rank])
     inputs = _principal_cosines(x.v_IR[:, : x.numerical_rank], y.v_IR[:, : y.numerical_rank])
-    cosine = inner(first, second) / math.sqrt(x.energy * y.energy)
     return Agreement(
-        max(-1.0, min(1.0, cosine)),
-        math.sqrt(y.energy / x.energy),
+        max(-1.0, min(1.0, product / (norms[0] * norms[1]))),
+        norms[1] / norms[0],
         float(outputs.square().mean()),
         float(inputs.square().mean()),
         math.degrees(math.acos(float(outputs[0]))),
+        norms,
+        product,
     )
 
 

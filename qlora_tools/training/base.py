@@ -121,7 +121,7 @@ def load_base(
     if unknown and checkpoint.quantized:
         raise _missing(checkpoint, model, unknown)
     if unknown:
-        return _load_by_transformers(checkpoint, task, codec, dtype, labels, seed, device, names)
+        return _load_by_transformers(checkpoint, task, codec, dtype, labels, seed, device)
     return _Loader(model, checkpoint, names, codec, dtype, device).load(fresh, seed, progress)
 
 
@@ -287,9 +287,11 @@ def _load_by_transformers(
     labels: tuple[str, ...],
     seed: int,
     device: str,
-    names: Mapping[str, str | None],
 ) -> Base:
-    """The general way: a dense model by ``from_pretrained``, then layer by layer into stored form."""
+    """The general way: a dense model by ``from_pretrained``, then layer by layer into stored form.
+
+    Which stored tensor became which weight is told from the values, which renaming leaves alone.
+    """
     logging.disable_progress_bar()
     settings: dict[str, Any] = {**_label_settings(labels), "ignore_mismatched_sizes": True} if labels else {}
     with torch.random.fork_rng():
@@ -301,13 +303,28 @@ def _load_by_transformers(
     fresh = sorted({_module_of(name) for name in made_up}) if task != "language" else []
     if strangers := sorted(name for name in made_up if task == "language" or checkpoint.family.role(_module_of(name)) != "head"):
         raise _missing(checkpoint, loaded, strangers)
+    stored_names, sha256 = _by_content(checkpoint, dtype)
     tensor_of = {}
     for path, module in list(loaded.named_modules()):
         if freezes(checkpoint, path, module) and path not in fresh:
             bias = None if module.bias is None else module.bias.detach()
             stored = store(f"{path}.weight", stored_orientation(module, module.weight.detach()), codec, dtype, device)
             loaded.set_submodule(path, freeze_layer(module, stored, bias))
-            tensor_of[path] = names.get(f"{path}.weight") or f"{path}.weight"
+            tensor_of[path] = stored_names.get(_content(module.weight.detach()), f"{path}.weight")
     loaded.eval().to(device).requires_grad_(False)
-    sha256 = {name: checkpoint.stored.sha256(name) for name in checkpoint.stored.specs}
     return Base(loaded, checkpoint, tensor_of, tuple(fresh), sha256)
+
+
+def _by_content(checkpoint: LogicalCheckpoint, dtype: torch.dtype) -> tuple[dict[str, str], dict[str, str]]:
+    """(content in ``dtype`` -> name, where only one tensor has it; name -> sha256 of the stored bytes) of all stored tensors."""
+    names: dict[str, list[str]] = {}
+    sha256 = {}
+    for name in checkpoint.stored.specs:
+        tensor = checkpoint.stored.read(name)
+        sha256[name] = tensor_sha256(tensor)
+        names.setdefault(_content(tensor.to(dtype) if tensor.is_floating_point() else tensor), []).append(name)
+    return {content: found[0] for content, found in names.items() if len(found) == 1}, sha256
+
+
+def _content(tensor: torch.Tensor) -> str:
+    return f"{list(tensor.shape)} {tensor_sha256(tensor.contiguous())}"

@@ -110,11 +110,7 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with unset_fake_temporarily():
             return func(*args, **kwargs)
     if func is _ATEN._local_scalar_dense.default:
-        return (
-            torch.ones((), dtype=args[0].dtype).item()
-            if not isinstance(args[0], FakeTensor)
-            else {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 1)
-        )
+        return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
     if func is _ATEN.equal.default:
         return True
     if func in (_ATEN.index.Tensor, _ATEN.index_put.default, _ATEN.index_put_.default, _ATEN._unsafe_index_put.default):

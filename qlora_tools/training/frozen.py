@@ -198,8 +198,8 @@ def freeze_layer(module: nn.Module, stored: StoredWeight, bias: torch.Tensor | N
             layer = FrozenConv1D(module.nf, module.weight.shape[0])
         else:
             assert isinstance(module, nn.Conv2d)
-            geometry: Any = (module.kernel_size, module.stride, module.padding, module.dilation, module.groups)
-            layer = FrozenConv2d(module.in_channels, module.out_channels, *geometry, bias is not None)
+            geometry: Any = {name: getattr(module, name) for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")}
+            layer = FrozenConv2d(**geometry, bias=bias is not None)
     layer.hold(stored, bias)
     layer.train(module.training)
     return layer  # type: ignore[no-any-return]

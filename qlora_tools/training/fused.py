@@ -113,18 +113,18 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-        wide = x.float()
-        inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+        wide = x.to(torch.float32, copy=True)  # x itself must stay, also where it is fp32 already
+        inverse = torch.rsqrt((wide * wide).mean(-1, keepdim=True) + epsilon)
         ctx.save_for_backward(x, inverse, weight)
         return weight * wide.mul_(inverse).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
         x, inverse, weight = ctx.saved_tensors
-        normed = x.float().mul_(inverse)
+        normed = x.to(torch.float32, copy=True).mul_(inverse)
         wide = (grad * weight).float()
-        shared = (wide * normed).mean(-1, keepdim=True)
-        return wide.sub_(normed.mul_(shared)).mul_(inverse).to(x.dtype), None, None
+        shared = torch.linalg.vecdot(wide, normed).div_(x.shape[-1]).unsqueeze(-1)
+        return wide.addcmul_(normed, shared, value=-1).mul_(inverse).to(x.dtype), None, None
 
 
 def fuse(model: nn.Module) -> dict[str, int]:

@@ -119,7 +119,8 @@ def save_state(folder: Path, tensors: Mapping[str, torch.Tensor], plain: Mapping
 
 def checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints under ``folder``, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and (path / STATE).is_file())
+    found = {int(match[1]): path for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name)) and (path / STATE).is_file()}
+    return [found[step] for step in sorted(found)]
 
 
 def load_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], Progressed]:

@@ -44,9 +44,11 @@ def processes(device: str) -> Iterator[tuple[World, str]]:
     """(who this process is, its device). Joins the others that torchrun started, if it did.
 
     Raises:
-        UsageError: the environment names processes but not all that is needed to reach them.
+        UsageError: the environment names processes but not all that is needed to reach them, or makes no sense.
     """
     size = _number("WORLD_SIZE", 1)
+    if size < 1:
+        raise UsageError(f"WORLD_SIZE is {size}, but there is at least one process", hint=_HINT)
     if size == 1:
         yield World(), device
         return

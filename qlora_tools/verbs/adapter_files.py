@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -89,6 +90,8 @@ def load(
         ``adapters/modified_base.py`` and the format's file.
     """
     hints = hints_for(hints or Hints(), base)
+    if hints.alpha is not None and not math.isfinite(hints.alpha):
+        raise UsageError(f"alpha {hints.alpha} is not a finite number", hint="give --alpha as it was in training")
     stored = open_stored(path, allow_pickle=allow_pickle)
     name = recognise(stored, format_name)
     init = None

@@ -205,7 +205,7 @@ def sum_adapters(
     loaded = [one_component(load(path, base=checkpoint, progress=progress), None) for path in paths]
     hashes = _common_base(paths, loaded)
     terms = [(str(path), item.portable, weight) for path, item, (_, weight) in zip(paths, loaded, adapters, strict=True)]
-    portable, rows = sum_of(terms, rank)
+    portable, rows = sum_of(terms, rank, progress=progress)
     if checkpoint is not None:
         fit(portable, checkpoint, "the sum")
     total = _total(rows)
@@ -242,7 +242,7 @@ def resize_adapter(
     dest = output or Path("adapters") / slug(f"{source_name(path)}-{setting}")
     check_output(dest, force=force, inputs=[path])
     loaded = one_component(load(path, progress=progress), None)
-    portable, rows, dropped = resized(str(path), loaded.portable, rank=rank, energy=energy, max_bytes=max_bytes)
+    portable, rows, dropped = resized(str(path), loaded.portable, rank=rank, energy=energy, max_bytes=max_bytes, progress=progress)
     lost = {module: CutError(size_of(loaded.portable.layers[module]), 0, 1.0, 1.0) for module in dropped}
     total = _total([*rows, *(Row(module, loaded.portable.layers[module].rank, cut) for module, cut in lost.items())])
     command = {"verb": "adapters resize", "rank": rank, "energy": energy, "max_bytes": max_bytes}
@@ -261,17 +261,15 @@ def compare_adapters(*, first: str | Path, second: str | Path, progress: Progres
     paths = [adapter_path(first), adapter_path(second)]
     loaded = [one_component(load(path, progress=progress), None) for path in paths]
     _common_base(paths, loaded)
-    rows, cosine, only_first, only_second = compared(loaded[0].portable, loaded[1].portable)
-    sizes = [math.sqrt(sum(size_of(layer) ** 2 for layer in item.portable.layers.values())) for item in loaded]
-    ratio = sizes[1] / sizes[0] if sizes[0] else math.nan
+    found = compared(loaded[0].portable, loaded[1].portable, progress=progress)
     held = [(path, [kind for kind in kinds_of(item.portable) if kind in _NOT_COMPARED]) for path, item in zip(paths, loaded, strict=True)]
     notes = tuple(f"{path} also holds {', '.join(kinds)}: only the factors are compared" for path, kinds in held if kinds)
-    return ComparedAdapters(paths[0], paths[1], cosine, ratio, tuple(map(_row, rows)), tuple(only_first), tuple(only_second), notes)
+    return ComparedAdapters(paths[0], paths[1], found.cosine, found.ratio, tuple(map(_row, found.rows)), found.only_first, found.only_second, notes)
 
 
 def _row(row: LayerAgreement) -> ComparedLayer:
     found = row.agreement
-    return ComparedLayer(row.module, row.norms, found.cosine, found.ratio, found.output_overlap, found.input_overlap, found.smallest_angle)
+    return ComparedLayer(row.module, found.norms, found.cosine, found.ratio, found.output_overlap, found.input_overlap, found.smallest_angle)
 
 
 def _total(rows: Sequence[Row]) -> CutError:

@@ -13,12 +13,13 @@ from peft import PeftModel
 
 from qlora_tools.adapters.merged import base_fingerprint
 from qlora_tools.checkpoint.logical import LogicalCheckpoint
-from qlora_tools.errors import IncompatibleError, UnsupportedError
+from qlora_tools.errors import IncompatibleError, UnsupportedError, UsageError
 from qlora_tools.progress import Progress
 from qlora_tools.training import events
 from qlora_tools.training.allocator import peak_bytes, return_freed_blocks
 from qlora_tools.training.base import Base, build_empty, load_base
 from qlora_tools.training.config import TrainConfig
+from qlora_tools.training.estimate import can_checkpoint
 from qlora_tools.training.fused import fuse
 from qlora_tools.training.loop import Run, backward, restore, train_mode
 from qlora_tools.training.lora import adapter_state, choose_modules, inject, rank_of, save_adapter, sides, trainable_parameters
@@ -72,6 +73,10 @@ def plan_run(checkpoint: LogicalCheckpoint, made: Data, config: TrainConfig, dev
         )
     if teacher is not None and made.task != "language":
         raise UnsupportedError(f"--teacher with the task {made.task}", hint="distillation is for language models")
+    if config.pack and made.task != "language":
+        raise UsageError(f"--pack with the task {made.task}", hint="rows of several examples are for language models; leave it out")
+    if config.checkpointing == "on" and not can_checkpoint(empty):
+        raise UnsupportedError(f"{type(empty).__name__} cannot compute its activations again", hint="leave out --checkpointing")
     modules = choose_modules(empty, checkpoint.family, config.targets)
     ranks = rank_of(empty, modules, config)
     layers = dict(empty.named_modules())
@@ -190,19 +195,9 @@ def prepare_run(
 
 
 def recompute_activations(model: Any) -> None:
-    """Keep only what enters each layer, and compute the layer again in the backward pass.
-
-    Raises:
-        UnsupportedError: the model's class cannot.
-    """
-    settings = {"use_reentrant": False}
-    try:
-        if hasattr(model, "activation_checkpointing_enable"):  # transformers has renamed it
-            model.activation_checkpointing_enable(settings)
-        else:
-            model.gradient_checkpointing_enable(settings)
-    except ValueError as error:
-        raise UnsupportedError(f"{type(model.get_base_model()).__name__} cannot recompute its activations", hint="leave out --checkpointing") from error
+    """Keep only what enters each layer, and compute the layer again in the backward pass."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # renamed by transformers 5
+    enable({"use_reentrant": False})
     model.enable_input_require_grads()
 
 

@@ -201,12 +201,13 @@ def test_dora_is_not_cut() -> None:
 def test_comparing_sees_angle_size_and_what_only_one_changes() -> None:
     first = Portable({"q": random_layer(), "v": random_layer(seed=1)})
     second = Portable({"q": random_layer(scale=-2.0), "o": random_layer(seed=2)})
-    rows, cosine, only_first, only_second = compared(first, second)
-    assert [row.module for row in rows] == ["q"] and (only_first, only_second) == (["v"], ["o"])
-    assert rows[0].agreement.cosine == pytest.approx(-1.0) and rows[0].agreement.ratio == pytest.approx(2.0)
+    found = compared(first, second)
+    assert [row.module for row in found.rows] == ["q"] and (found.only_first, found.only_second) == (("v",), ("o",))
+    assert found.rows[0].agreement.cosine == pytest.approx(-1.0) and found.rows[0].agreement.ratio == pytest.approx(2.0)
     x = torch.cat([delta(first.layers["q"]).flatten(), delta(first.layers["v"]).flatten(), torch.zeros(48)])
     y = torch.cat([delta(second.layers["q"]).flatten(), torch.zeros(48), delta(second.layers["o"]).flatten()])
-    assert cosine == pytest.approx(float(torch.dot(x, y) / x.norm() / y.norm()))
+    assert found.cosine == pytest.approx(float(torch.dot(x, y) / x.norm() / y.norm()))
+    assert found.ratio == pytest.approx(float(y.norm() / x.norm()))
 
 
 def test_shapes_that_differ_do_not_compare() -> None:

@@ -133,3 +133,9 @@ def test_truncated_weights_are_corrupt(tmp_path: Path) -> None:
 def test_configuration_of_another_method_is_refused_before_the_weights(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="LOHA"):
         read_adapter(folder(tmp_path, {"peft_type": "LOHA"}), BASE, FAMILY)
+
+
+def test_targets_never_name_a_container_of_the_model():
+    targets = [Target("down.0.conv", (8, 4, 3, 3), 2), Target("down.1.conv", (8, 4, 3, 3), 2), Target("down.0.time.1", (8, 8), 2)]
+    config = adapter_config(targets, ["down.0.conv", "down.1.conv", "down.0.time.1", "down.1.norm"])
+    assert config["target_modules"] == ["down.0.conv", "down.0.time.1", "down.1.conv"]  # "1" would also name the block down.1

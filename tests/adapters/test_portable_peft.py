@@ -232,3 +232,8 @@ def test_a_module_inside_an_adapted_one_is_written_where_peft_looks_for_it() -> 
     portable = portable_peft.read({"r": 2, "lora_alpha": 2, "target_modules": ["attention", "attention.out_proj"]}, theirs)
     assert portable.layers.keys() == {"attention", "attention.out_proj"}
     assert portable_peft.content(portable).tensors.keys() == theirs.keys()
+
+
+def test_a_scale_that_could_not_be_read_again_is_not_written() -> None:
+    with pytest.raises(CorruptError, match="lora_alpha"):
+        portable_peft.content(Portable({"a.q": Layer(torch.ones(2, 5), torch.ones(4, 2), 1.1e306)}))

@@ -109,6 +109,7 @@ def test_a_file_without_configuration_needs_alpha(qlt, here, llama, stock, tmp_p
     shutil.copy(stock / "adapter_model.safetensors", raw)
     done = qlt("import", raw, "--base", llama)
     assert done.code == 2 and "--alpha" in done.err and files(here) == set()
+    assert qlt("import", raw, "--base", llama, "--alpha", "nan").code == 2
     assert qlt("import", raw, "--base", llama, "--alpha", 6).code == 0
     ours, theirs = merged(qlt, here, llama, "adapters/raw", "a"), merged(qlt, here, llama, stock, "b")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -371,3 +372,29 @@ def test_of_a_file_for_several_models_one_is_chosen(qlt, here, tmp_path):
     assert {name.split(".")[0] for name in names} == {"lora_unet_mid_block_attentions_0_proj_in", "lora_te_text_model_encoder_layers_0_self_attn_q_proj"}
     done = qlt("convert", tmp_path / "style.safetensors", "--to", "gguf")
     assert done.code == 2 and "--component" in done.err
+
+
+def test_a_loralib_state_dict_needs_alpha_and_then_says_the_same(qlt, here, llama, stock, tmp_path):
+    tensors = load_file(stock / "adapter_model.safetensors")
+    bare = {name.removeprefix("base_model.model.").removesuffix(".weight"): value for name, value in tensors.items()}
+    torch.save({"model_state_dict": bare, "epoch": 3}, tmp_path / "lora.pt")
+    done = qlt("import", tmp_path / "lora.pt", "--base", llama, "--allow-pickle")
+    assert done.code == 2 and "--alpha" in done.err and files(here) == set()
+    done = qlt("import", tmp_path / "lora.pt", "--base", llama, "--allow-pickle", "--alpha", 6, "--json")
+    assert done.code == 0 and done.json["format"] == "loralib"
+    ours, theirs = merged(qlt, here, llama, "adapters/lora", "a"), merged(qlt, here, llama, stock, "b")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_lycoris_products_become_plain_factors(qlt, here, llama, tmp_path):
+    torch.manual_seed(0)
+    name = "lycoris_model_layers_0_self_attn_q_proj"
+    shapes = {"hada_w1_a": (64, 2), "hada_w1_b": (2, 64), "hada_w2_a": (64, 2), "hada_w2_b": (2, 64)}
+    tensors = {f"{name}.{leaf}": torch.randn(shape) * 0.1 for leaf, shape in shapes.items()} | {f"{name}.alpha": torch.tensor(1.0)}
+    save_file(tensors, tmp_path / "loha.safetensors")
+    done = qlt("import", tmp_path / "loha.safetensors", "--base", llama, "--json")
+    assert done.code == 0 and (done.json["format"], done.json["ranks"]) == ("lycoris", [4, 4]), done.err
+    delta = 0.5 * (tensors[f"{name}.hada_w1_a"] @ tensors[f"{name}.hada_w1_b"]) * (tensors[f"{name}.hada_w2_a"] @ tensors[f"{name}.hada_w2_b"])
+    base = load_file(llama / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
+    ours = merged(qlt, here, llama, "adapters/loha", "m")["model.layers.0.self_attn.q_proj.weight"]
+    torch.testing.assert_close(ours, (base.float() + delta).to(torch.bfloat16))

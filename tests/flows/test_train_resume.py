@@ -19,7 +19,7 @@ from qlora_tools.errors import CorruptError, IncompatibleError, Interrupted, Mis
 from qlora_tools.training.config import TrainConfig
 from qlora_tools.training.state import checkpoints, run_folder
 from tests.conftest import build_llama
-from tests.flows.training_material import adapter_bytes, manifest, untimed, write_pairs
+from tests.flows.training_material import adapter_bytes, manifest, untimed, without_estimate_and_picture, write_pairs
 
 STEPS = 8
 #: 16 rows in steps of 4: an epoch ends after 4 steps. Ranks grow after 2 and after 4 steps. Evaluations after 3 and 6.
@@ -49,6 +49,13 @@ def killed():
 
 def terminated():
     signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with pytest.MonkeyPatch.context() as patch:
+        without_estimate_and_picture(patch)
+        yield
 
 
 @pytest.fixture(scope="module")

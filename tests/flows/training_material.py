@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from qlora_tools.training.metrics import TIMED_FIELDS
+from tests.conftest import save_model
 
 PROMPTS = 20
 
@@ -34,3 +35,53 @@ def manifest(folder: Path) -> dict:
     for name in ("metrics.jsonl", "loss.png"):
         content["files"].pop(name)
     return content
+
+
+def write_labelled(path: Path, count: int = 32) -> Path:
+    """Texts that their first word decides."""
+    words = (("good", "pos"), ("bad", "neg"))
+    path.write_text("".join(json.dumps({"text": f"{words[number % 2][0]} {'xyz'[number % 3]}", "label": words[number % 2][1]}) + "\n" for number in range(count)))
+    return path
+
+
+def write_images(folder: Path, count: int = 12) -> Path:
+    """Noisy pictures of 32 x 32, red ones and blue ones."""
+    import numpy as np
+    from PIL import Image
+
+    noise = np.random.default_rng(0)
+    for name, channel in (("red", 0), ("blue", 2)):
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = noise.integers(0, 90, (32, 32, 3), dtype=np.uint8)
+            pixels[..., channel] += 120
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+    return folder
+
+
+def build(kind: str, folder: Path, seed: int = 0) -> Path:
+    """A tiny random ``gpt2``, ``bert`` (without a head), ``vit`` or ``resnet`` folder with what training reads beside the weights."""
+    import torch
+    import transformers as hf
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    words = {"vocab_size": 160, "max_position_embeddings": 128}
+    torch.manual_seed(seed)
+    if kind == "gpt2":
+        ends = {"bos_token_id": 0, "eos_token_id": 1}
+        return save_model(folder, hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=160, n_positions=128, **ends)), tokenizer=True)
+    if kind == "bert":
+        return save_model(folder, hf.BertModel(hf.BertConfig(**sizes, **words)), tokenizer=True)
+    if kind == "vit":
+        save_model(folder, hf.ViTForImageClassification(hf.ViTConfig(**sizes, image_size=32, patch_size=8)))
+    else:
+        save_model(folder, hf.ResNetForImageClassification(hf.ResNetConfig(embedding_size=16, hidden_sizes=[32, 64], depths=[1, 1], layer_type="basic")))
+    preparation = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(preparation))
+    return folder
+
+
+def without_estimate_and_picture(monkeypatch) -> None:
+    """Both take longer than a tiny run and have tests of their own."""
+    monkeypatch.setattr("qlora_tools.verbs.training_run.estimate_run", lambda *arguments: None)
+    monkeypatch.setattr("qlora_tools.verbs.train.plot_loss", lambda events, path: path.write_bytes(b""))

@@ -69,7 +69,7 @@ def build(group: Group) -> Built:
     missing = [leaf for leaf in (DOWN, UP) if leaf not in group.tensors]
     if missing:
         raise CorruptError(f"`{group.key(missing[0])}` is missing beside {shortened(group.tensors)}", hint="the file is incomplete: download it again")
-    down, up = (pairs.checked(group.key(leaf), group.tensors[leaf]) for leaf in (DOWN, UP))
+    down, up = (pairs.factor(group.key(leaf), group.tensors[leaf]) for leaf in (DOWN, UP))
     return Built(pairs.layer(group.name, down, up, alpha_scale(group, down.shape[0]), group.shape, magnitude(group)))
 
 

@@ -243,10 +243,7 @@ def _matrix_or_kernel(group: Group, leaf: str) -> torch.Tensor:
     """A leaf in fp64, with two axes or more."""
     if leaf not in group.tensors:
         raise CorruptError(f"`{group.key(leaf)}` is missing beside {shortened(group.tensors, 12)}", hint="the file is incomplete: download it again")
-    tensor = pairs.checked(group.key(leaf), group.tensors[leaf])
-    if tensor.ndim < 2:
-        raise CorruptError(f"`{group.key(leaf)}` is {list(tensor.shape)}, expected a matrix", hint="save the adapter again")
-    return tensor.double()
+    return pairs.factor(group.key(leaf), group.tensors[leaf]).double()
 
 
 def _flat_kernel(group: Group, leaf: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -32,6 +32,13 @@ def checked(key: str, tensor: torch.Tensor) -> torch.Tensor:
     return wide
 
 
+def factor(key: str, tensor: torch.Tensor) -> torch.Tensor:
+    """:func:`checked`, with two axes or more. Raises CorruptError for fewer."""
+    if tensor.ndim < 2:
+        raise CorruptError(f"`{key}` is {list(tensor.shape)}, expected a matrix", hint="save the adapter again")
+    return checked(key, tensor)
+
+
 def scalar(key: str, tensor: torch.Tensor) -> float:
     """The one number in ``tensor``, which may be an integer tensor.
 
@@ -69,7 +76,7 @@ def layer(name: str, a: torch.Tensor, b: torch.Tensor, scale: float, shape: tupl
     Raises:
         CorruptError: the two do not belong together. IncompatibleError: they do not fit the base.
     """
-    if a.ndim < 2 or b.ndim < 2 or a.shape[0] != b.shape[1] or any(size != 1 for size in b.shape[2:]):
+    if a.shape[0] != b.shape[1] or any(size != 1 for size in b.shape[2:]):
         raise CorruptError(f"`{name}`: factors {list(a.shape)} and {list(b.shape)} do not multiply", hint="save the adapter again")
     rank = a.shape[0]
     wanted = tuple(a.shape[1:]) if shape is None else tuple(shape[1:])

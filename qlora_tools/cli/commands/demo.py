@@ -64,6 +64,9 @@ def _told(step: str, done: Any) -> str:
         return f"{percent(total.kept_energy)} of the change kept, error {total.error:.4f} (best possible {total.optimum:.4f}), {megabytes(done.report.adapter_bytes)}"
     if step == "quantize":
         return f"{megabytes(done.dense_bytes)} -> {megabytes(done.stored_bytes)}, weight error {percent(done.relative_error)}"
+    if step == "train a LoRA":
+        report = done.report
+        return f"rank 8 over NF4: {report.steps} steps, loss {report.first_loss:.2f} -> {report.final_loss:.2f}, {report.tokens_per_s:,.0f} tokens/s"
     if step.startswith("merge"):
         return f"{percent(done.retention.retention)} of the adapter survives" if done.retention else "nothing changed"
     if step.startswith("export"):

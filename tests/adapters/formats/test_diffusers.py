@@ -224,6 +224,7 @@ class TestHostile:
             ({"unet.a.alpha": torch.tensor(0)}, UnsupportedError, "unet.a.alpha"),
             ({"unet.a.lora_B.weight": torch.full((4, 2), float("nan"))}, NonFiniteError, "unet.a.lora_B"),
             ({"unet.a.lora_B.weight": torch.ones(4, 3)}, CorruptError, "do not multiply"),
+            ({"unet.a.lora_A.weight": torch.tensor(1.0)}, CorruptError, "unet.a.lora_A"),
             ({"unet.a.lora_B.weight": torch.ones(5, 2)}, IncompatibleError, "a"),
             ({"unet.a.lora_A.weight": torch.ones(2, 3, 3, 3)}, IncompatibleError, "a"),
             ({"unet.a.lora_A.bias": torch.ones(2)}, CorruptError, "lora_A.bias"),

@@ -164,6 +164,7 @@ class TestHostile:
                 "conv_in",
             ),
             ({"lora_unet_conv_in.lora_down.weight": torch.ones(1)}, CorruptError, "conv_in"),
+            ({"lora_unet_conv_in.lora_down.weight": torch.tensor(1.0)}, CorruptError, "conv_in"),
             ({"lora_unet_conv_in.surprise": torch.ones(1)}, IncompatibleError, "lora_unet_conv_in.surprise"),
             ({"something_else": torch.ones(1)}, IncompatibleError, "something_else"),
             ({"lora_unet_conv_inn.lora_up.weight": torch.ones(6, 1)}, IncompatibleError, "conv_inn"),
