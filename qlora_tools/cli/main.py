@@ -40,12 +40,14 @@ _FILES = {"import": "import_adapter"}
 
 EPILOG = """\b
 Examples:
+  qlt train --base base/ --data train.jsonl --nf4
   qlt extract --base base/ --tuned tuned/ --rank 16
   qlt export --merge --int8
   qlt bench
 
 Exit codes: 0 done, 1 a check failed, 2 usage, 3 inputs do not fit together, 4 corrupt input,
-5 disk, 6 NaN or infinity, 7 output exists, 8 unsupported, 9 missing input, 130 interrupted.
+5 disk, 6 NaN or infinity, 7 output exists, 8 unsupported, 9 missing input, 10 out of memory,
+130 interrupted.
 QLT_DEBUG=1 shows tracebacks.
 """
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import resources
@@ -90,6 +90,21 @@ class Family:
         """Tied tensor name -> the name of the tensor that holds its values, as this config has it."""
         tie = config.get("tie_word_embeddings", self.tied_default)
         return {f"{module}.weight": f"{owner}.weight" for module, owner in self.tied.items()} if tie else {}
+
+    def live_names(self, config: Mapping[str, Any], stored: Container[str]) -> Callable[[str], str]:
+        """How a module path or tensor name of a checkpoint is called in the live model, ``stored`` being the checkpoint's tensors.
+
+        Some checkpoints of a model with a head leave out the prefix of its body (``transformer.``), which the class adds on
+        loading; a checkpoint of a bare body (``BertModel``) is loaded as such.
+        """
+        architecture = str((config.get("architectures") or [""])[0])
+        bare = architecture.endswith("Model") and not architecture.endswith(("HeadModel", "HeadsModel"))
+        for owner in () if bare else self.tied.values():
+            prefix, _, rest = owner.partition(".")
+            if rest and f"{owner}.weight" not in stored and f"{rest}.weight" in stored:
+                unmoved = tuple(f"{name}." for name in (*self.tied, prefix))
+                return lambda name: name if f"{name}.".startswith(unmoved) else f"{prefix}.{name}"
+        return lambda name: name
 
     def targets(self, wanted: str, modules: Iterable[str]) -> list[str]:
         """Those of ``modules`` that ``wanted`` names: a preset of :data:`TARGET_PRESETS`, or a regular expression found in their paths.

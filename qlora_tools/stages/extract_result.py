@@ -98,7 +98,7 @@ class _Result:
         self._factored = {report.name: report for report in reports if isinstance(report, Factored) and report.factors is not None}
         self._frozen = sum(isinstance(report, Factored) and report.factors is None for report in reports)
         self._compared = _tiles_added(report for report in reports if isinstance(report, Compared))
-        self._live = _live_names(extraction, base_config)
+        self._live = extraction.family.live_names(base_config, extraction.base_specs)
 
     def build(self, base_model: str | None) -> Extracted:
         biases = [name for name in self._of_role("bias") if self._compared[name].changed]
@@ -263,19 +263,3 @@ def _tiles_added(reports: Iterable[Compared]) -> dict[str, Compared]:
 
 def _giving(tensors: Mapping[str, torch.Tensor]) -> Callable[[], Outcome]:
     return lambda: Outcome(tensors)
-
-
-def _live_names(extraction: Extraction, base_config: Mapping[str, Any]) -> Callable[[str], str]:
-    """Paths in the live model from names in the checkpoint.
-
-    Some checkpoints of a model with a head leave out the prefix of its body (``transformer.``), which the class adds on
-    loading; a checkpoint of a bare body (``BertModel``) is loaded as such.
-    """
-    architecture = str((base_config.get("architectures") or [""])[0])
-    bare = architecture.endswith("Model") and not architecture.endswith(("HeadModel", "HeadsModel"))
-    for owner in () if bare else extraction.family.tied.values():
-        prefix, _, rest = owner.partition(".")
-        if rest and f"{owner}.weight" not in extraction.base_specs and f"{rest}.weight" in extraction.base_specs:
-            tied = set(extraction.family.tied)
-            return lambda name: name if name in tied or split_tensor(name)[0] in tied else f"{prefix}.{name}"
-    return lambda name: name

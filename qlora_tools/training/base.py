@@ -129,7 +129,9 @@ def _missing(checkpoint: LogicalCheckpoint, model: Any, names: Iterable[str]) ->
     missing = list(names)
     return IncompatibleError(
         f"{checkpoint.folder}: {len(missing)} weights of {type(model).__name__} are not in the checkpoint: {shortened(missing, 3)}",
-        hint="check that config.json belongs to these weights, and --task",
+        hint="give the 16-bit model, which may have them under older names"
+        if checkpoint.quantized
+        else "check that config.json belongs to these weights, and --task",
     )
 
 
@@ -188,16 +190,16 @@ class _Loader:
 
     def load(self, fresh: list[str], seed: int, progress: Progress) -> Base:
         frozen = {path: module for path, module in self._model.named_modules() if self._names.get(f"{path}.weight") and freezes(self._checkpoint, path, module)}
-        with progress.task("load the base", len(self._names), "tensors") as task:
+        others = {name: stored for name, stored in self._names.items() if stored is not None and _module_of(name) not in frozen}
+        with progress.task("load the base", len(frozen) + len(others), "layers") as task:
             # reading and hashing one while another is encoded; one thread in each, so that the codes are those of the quantize verb
             with single_threaded_blas(), ThreadPoolExecutor(_READERS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
                 for path, layer in pool.map(lambda item: (item[0], self._frozen(*item)), frozen.items()):
                     self._model.set_submodule(path, layer)
                     task.advance(1, path)
-            for name, stored in self._names.items():
-                if stored is not None and _module_of(name) not in frozen:
-                    self._place(name, self._read(stored))
-                    task.advance(1, name)
+            for name, stored in others.items():
+                self._place(name, self._read(stored))
+                task.advance(1, name)
         self._initialise(fresh, seed)
         self._model.tie_weights()
         self._model.to(self._device).requires_grad_(False)

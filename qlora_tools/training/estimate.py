@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -65,7 +65,10 @@ class Estimate:
     device: str
     parts: tuple[tuple[str, int], ...]
     checkpointing: bool
-    estimator: Estimator | None = field(repr=False, compare=False, default=None)
+    estimator: InitVar[Estimator | None] = None
+
+    def __post_init__(self, estimator: Estimator | None) -> None:
+        object.__setattr__(self, "_estimator", estimator)  # no field: records are written as JSON, and this one holds a batch
 
     @property
     def total_bytes(self) -> int:
@@ -77,7 +80,8 @@ class Estimate:
 
     def alternatives(self) -> list[tuple[str, int]]:
         """(change, total bytes with it) of what needs less than this, least first. Each is traced like the run itself."""
-        return self.estimator.less_than(self) if self.estimator is not None else []
+        estimator: Estimator | None = self._estimator  # type: ignore[attr-defined]
+        return estimator.less_than(self) if estimator is not None else []
 
 
 @dataclass(frozen=True)

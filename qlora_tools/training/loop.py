@@ -32,6 +32,8 @@ from qlora_tools.training.rows import Batch, Indices, Rows
 from qlora_tools.training.state import Progressed, load_state, save_state, seed_everything
 from qlora_tools.training.world import World
 
+#: A signal that follows another sooner than this asks for nothing new.
+SAME_WISH_SECONDS = 1.0
 _EVALUATIONS = 10
 
 
@@ -269,16 +271,22 @@ def adopt(masters: Masters, tensors: Mapping[str, torch.Tensor]) -> None:
 
 @contextmanager
 def interruptions() -> Iterator[Callable[[], bool]]:
-    """Inside the block the first SIGINT or SIGTERM only raises a flag, which the yielded function reads; a second one interrupts at once."""
+    """Inside the block the first SIGINT or SIGTERM only raises a flag, which the yielded function reads; a later one interrupts at once.
+
+    Ctrl-C on torchrun comes twice, from the terminal and from torchrun: what follows within moments is the same wish.
+    """
     flag = threading.Event()
+    first = [0.0]
     if threading.current_thread() is not threading.main_thread():
         yield flag.is_set
         return
 
     def note(number: int, frame: Any) -> None:
-        if flag.is_set():
+        if not flag.is_set():
+            first[0] = time.monotonic()
+            flag.set()
+        elif time.monotonic() - first[0] >= SAME_WISH_SECONDS:
             raise KeyboardInterrupt
-        flag.set()
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -22,8 +22,8 @@ from qlora_tools.errors import CorruptError, MissingError
 from qlora_tools.training.events import Evaluation, Event, Sample, Saved, Started, Step
 
 FILE_NAME = "metrics.jsonl"
-#: What two equal runs may differ in: the clock's doing and the allocator's.
-TIMED_FIELDS = frozenset({"seconds", "tokens_per_s", "peak_bytes", "probe_bytes"})
+#: What two equal runs may differ in: the clock's doing and the allocator's (an estimate counts what the process holds already).
+TIMED_FIELDS = frozenset({"seconds", "tokens_per_s", "peak_bytes", "probe_bytes", "estimate_bytes"})
 _KINDS: dict[str, type[Event]] = {kind.kind: kind for kind in (Started, Step, Evaluation, Sample)}
 _MAX_BYTES = 1 << 30
 _MAX_LINE_CHARACTERS = 4 << 20

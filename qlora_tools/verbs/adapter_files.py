@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -155,23 +155,13 @@ def modules_of(base: LogicalCheckpoint) -> dict[str, tuple[int, ...]]:
 
 def with_live_names(portable: Portable, base: LogicalCheckpoint) -> Portable:
     """Module paths of the live model, where the checkpoint leaves out the prefix of its body (``transformer.``)."""
-    rename = _live_rule(base)
+    rename = base.family.live_names(base.config, base.specs)
     return replace(
         portable,
         layers={rename(module): layer for module, layer in portable.layers.items()},
         replacements={rename(name): value for name, value in portable.replacements.items()},
         token_rows={rename(name): value for name, value in portable.token_rows.items()},
     )
-
-
-def _live_rule(base: LogicalCheckpoint) -> Callable[[str], str]:
-    architecture = str((base.config.get("architectures") or [""])[0])
-    bare = architecture.endswith("Model") and not architecture.endswith(("HeadModel", "HeadsModel"))
-    for head, owner in () if bare else base.family.tied.items():
-        prefix, _, rest = owner.partition(".")
-        if rest and f"{owner}.weight" not in base.specs and f"{rest}.weight" in base.specs:
-            return lambda name: name if name == head or name.startswith((f"{head}.", f"{prefix}.")) else f"{prefix}.{name}"
-    return lambda name: name
 
 
 def save_peft(
@@ -188,7 +178,7 @@ def save_peft(
     force: bool = False,
 ) -> None:
     """Write ``portable`` as a PEFT folder with a manifest, whole or not at all."""
-    known = None if base is None else map(_live_rule(base), modules_of(base))
+    known = None if base is None else map(base.family.live_names(base.config, base.specs), modules_of(base))
     stored = portable_peft.content(portable, modules=known, task_type=task_type)
     described = {**({"base": describe_input(base)} if base is not None else {}), **inputs}
     with output_folder(dest, force=force, inputs=sources) as folder:

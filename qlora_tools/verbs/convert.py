@@ -103,7 +103,7 @@ def convert(
         dry_run=dry_run,
         layers=sum(len(portable.layers) for portable in portables.values()),
         files=files,
-        notes=tuple(note for portable in portables.values() for note in portable.notes),
+        notes=tuple(dict.fromkeys(note for portable in portables.values() for note in portable.notes)),
         seconds=time.perf_counter() - began,
     )
 

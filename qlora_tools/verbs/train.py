@@ -98,7 +98,7 @@ def train(
         _check(dest, checkpoint, force, resume, dry_run)
         world.any(False)  # no process goes on, and makes a folder, before all have looked
         made = prepare(checkpoint, Path(data), Path(val) if val is not None else None, config, progress)
-        plan = plan_run(checkpoint, made, config, place, world.size, teacher_model)
+        plan = plan_run(checkpoint, made, config, place, world.size, teacher_model, timed=dry_run)
         listen = listen if world.rank == 0 else events.silent
         listen(events.Planned(plan, str(dest)))
         if dry_run:

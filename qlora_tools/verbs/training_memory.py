@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -43,11 +43,10 @@ def heads_of(model: nn.Module, checkpoint: LogicalCheckpoint, task: str) -> Iter
     return [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and checkpoint.family.role(path) == "head"]
 
 
-def estimate_run(
-    checkpoint: LogicalCheckpoint, made: Data, config: TrainConfig, ranks: Mapping[str, int], device: str, teacher: LogicalCheckpoint | None
-) -> Estimate:
-    """Peak memory of the run that these would start."""
-    dtype = compute_dtype(config, device)
+def adapter_of(
+    checkpoint: LogicalCheckpoint, made: Data, ranks: Mapping[str, int], dtype: torch.dtype, teacher: LogicalCheckpoint | None
+) -> Callable[[nn.Module, TrainConfig], Subject]:
+    """What makes an empty base the subject of a step, as the run does."""
 
     def adapt(model: nn.Module, chosen: TrainConfig) -> Subject:
         heads = heads_of(model, checkpoint, made.task)
@@ -61,6 +60,15 @@ def estimate_run(
         loss = LanguageLoss(model, teacher=guide, teacher_weight=chosen.teacher_weight, temperature=chosen.temperature)
         return Subject(adapted, loss, (guide,))
 
+    return adapt
+
+
+def estimate_run(
+    checkpoint: LogicalCheckpoint, made: Data, config: TrainConfig, ranks: Mapping[str, int], device: str, teacher: LogicalCheckpoint | None
+) -> Estimate:
+    """Peak memory of the run that these would start."""
+    dtype = compute_dtype(config, device)
+    adapt = adapter_of(checkpoint, made, ranks, dtype, teacher)
     batch = made.rows.batch([made.rows.longest()] * config.batch)
     return estimator(checkpoint, made.task, batch, config, adapt=adapt, codec_of=codec_of, dtype=dtype, device=device, labels=made.labels).estimate()
 

@@ -35,6 +35,7 @@ from qlora_tools.training.world import World
 from qlora_tools.verbs.opening import folder_name
 from qlora_tools.verbs.training_data import Data
 from qlora_tools.verbs.training_memory import TASK_TYPES, codec_of, compute_dtype, estimate_run, heads_of, teacher_codec
+from qlora_tools.verbs.training_time import seconds_per_step
 
 _NEED_BATCHES = 4
 _PROBE_STEPS = 2
@@ -42,7 +43,10 @@ _PROBE_STEPS = 2
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """The resolved run. ``ranks``: module path -> rank (by measured need: the mean until it is measured). ``estimate``: of peak memory."""
+    """The resolved run. ``ranks``: module path -> rank (by measured need: the mean until it is measured). ``estimate``: of peak memory.
+
+    ``seconds_per_step``: roughly, of a dry run; others show their own time.
+    """
 
     base: str
     task: str
@@ -59,8 +63,10 @@ class TrainPlan:
     seconds_per_step: float | None = None
 
 
-def plan_run(checkpoint: LogicalCheckpoint, made: Data, config: TrainConfig, device: str, processes: int, teacher: LogicalCheckpoint | None) -> TrainPlan:
-    """Settle targets, ranks, steps and memory from headers and data alone.
+def plan_run(
+    checkpoint: LogicalCheckpoint, made: Data, config: TrainConfig, device: str, processes: int, teacher: LogicalCheckpoint | None, *, timed: bool = False
+) -> TrainPlan:
+    """Settle targets, ranks, steps and memory from headers and data alone; ``timed``: and how long a step would take.
 
     Raises:
         UsageError, UnsupportedError, IncompatibleError: targets, ranks, model or teacher do not fit.
@@ -96,6 +102,7 @@ def plan_run(checkpoint: LogicalCheckpoint, made: Data, config: TrainConfig, dev
         data=made.report,
         preview=made.preview,
         estimate=estimate_run(checkpoint, made, config, ranks, device, teacher),
+        seconds_per_step=seconds_per_step(checkpoint, made, config, ranks, device, teacher) if timed else None,
     )
 
 

@@ -223,3 +223,9 @@ def test_a_byte_budget_counts_what_is_no_factor() -> None:
     portable = Portable({"q": random_layer(16, 16, 6, bias=torch.ones(16))}, {"norm.weight": torch.ones(64)})
     smaller, _, _ = resized("x", portable, max_bytes=16 * 4 + 64 * 4 + 2 * 32 * 4)
     assert smaller.layers["q"].rank == 2 and smaller.nbytes == 16 * 4 + 64 * 4 + 2 * 32 * 4
+
+
+def test_a_sum_keeps_orientation_and_tying() -> None:
+    plain, marked = Portable({"q": random_layer()}), Portable({"q": random_layer()}, inputs_first=True, tied=True, base_name="org/base")
+    total, _ = sum_of([("x", plain, 1.0), ("y", marked, 1.0)])
+    assert (total.inputs_first, total.tied, total.base_name) == (True, True, "org/base")

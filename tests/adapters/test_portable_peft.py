@@ -237,3 +237,17 @@ def test_a_module_inside_an_adapted_one_is_written_where_peft_looks_for_it() -> 
 def test_a_scale_that_could_not_be_read_again_is_not_written() -> None:
     with pytest.raises(CorruptError, match="lora_alpha"):
         portable_peft.content(Portable({"a.q": Layer(torch.ones(2, 5), torch.ones(4, 2), 1.1e306)}))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [1, 60]},
+    ],
+)
+def test_tied_models_go_round(options: dict[str, Any], tmp_path: Path) -> None:
+    saved = save(tmp_path, lambda: llama(tied=True), **options)
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(saved.base), rewritten(saved, tmp_path / "again")).eval()
+    torch.testing.assert_close(forward(again), forward(saved.live), atol=2e-6, rtol=1e-5)

@@ -88,6 +88,7 @@ def test_a_sum_computes_what_merging_both_computes_and_stock_peft_loads_it(qlt, 
     torch.testing.assert_close(logits(llama, here / "both"), logits(here / "m", None), atol=5e-2, rtol=5e-2)
     manifest = json.loads((here / "both/qlt-manifest.json").read_text())
     assert manifest["command"] == {"verb": "adapters sum", "weights": [0.7, -0.5], "rank": None}
+    assert json.loads((here / "both/adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
     assert len(manifest["base_tensors"]) == 6 and {"base", "adapter", "adapter1"} == manifest["inputs"].keys()
 
 
@@ -151,6 +152,19 @@ def test_resizing_keeps_most_for_its_bytes_and_peft_loads_it(qlt, here, kept, ll
     done = qlt("adapters", "resize", "python", "--max-bytes", 3000, "--json")
     assert done.code == 0 and done.json["bytes_after"] <= 3000
     assert {row["cut"]["rank"] for row in done.json["rows"]} != {2}
+    compared = qlt("adapters", "compare", "python", "python-3000B", "--json").json
+    assert compared["ratio"] ** 2 == pytest.approx(done.json["total"]["kept_energy"], abs=1e-4)
+
+
+def test_what_was_dropped_counts_as_lost(qlt, here, kept, tmp_path):
+    def quiet(tensors):
+        return {name: value * 0.3 if "down_proj.lora_B" in name else value for name, value in tensors.items()}
+
+    edited(kept / "python", tmp_path / "quiet", quiet)
+    done = qlt("adapters", "resize", tmp_path / "quiet", "--max-bytes", 600, "-o", "small", "--json")
+    assert done.code == 0 and done.json["dropped"]
+    compared = qlt("adapters", "compare", tmp_path / "quiet", "small", "--json").json
+    assert compared["ratio"] ** 2 == pytest.approx(done.json["total"]["kept_energy"], abs=1e-4) and len(compared["only_first"]) == len(done.json["dropped"])
 
 
 def test_resizing_to_the_rank_it_has_changes_no_bit(qlt, here, kept):

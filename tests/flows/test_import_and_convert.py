@@ -398,3 +398,22 @@ def test_lycoris_products_become_plain_factors(qlt, here, llama, tmp_path):
     base = load_file(llama / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
     ours = merged(qlt, here, llama, "adapters/loha", "m")["model.layers.0.self_attn.q_proj.weight"]
     torch.testing.assert_close(ours, (base.float() + delta).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_that_started_inside_the_weights_is_made_plain(qlt, here, llama, tmp_path, init):
+    torch.manual_seed(0)
+    live = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32), LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj"], init_lora_weights=init)
+    )
+    with torch.no_grad():
+        for name, parameter in live.named_parameters():
+            if "lora_" in name:
+                parameter.mul_(1 + 0.1 * torch.randn(parameter.shape))
+    live.eval().save_pretrained(tmp_path / init)
+    done = qlt("import", tmp_path / init, "--base", llama)
+    assert done.code == 0 and "of rank 8" in done.out and "training moved the factors" in done.out and "twice the rank" in done.err
+    manifest = json.loads((here / f"adapters/{init}/qlt-manifest.json").read_text())
+    assert len(manifest["report"]["moved"]) == 2 and all(0 < moved < 0.5 for moved in manifest["report"]["moved"].values())
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32), here / f"adapters/{init}").eval()
+    torch.testing.assert_close(forward(again), forward(live), atol=1e-5, rtol=1e-4)

@@ -99,7 +99,9 @@ def test_gpt2_learns(qlt, here, base_of, data, words):
 @pytest.mark.parametrize("words", [["--nf4"], ["--int8", "--rank-budget", 3], ["--checkpointing", "on", "--targets", "attn"]], ids=str)
 def test_bert_learns_labels_and_its_new_head_is_written(qlt, here, base_of, folder, words):
     labelled = write_labelled(folder / "labelled.jsonl")
-    made = qlt("train", "--base", base_of("bert"), "--data", labelled, "--rank", 4, "--batch", 4, "--epochs", 3, "--val-share", 0.25, "--lr", 5e-3, *words, "-o", "out")
+    made = qlt(
+        "train", "--base", base_of("bert"), "--data", labelled, "--rank", 4, "--batch", 4, "--epochs", 3, "--val-share", 0.25, "--lr", 5e-3, *words, "-o", "out"
+    )
     assert made.code == 0
     assert of_kind(here / "out", "evaluation")[-1]["accuracy"] == 1.0
     config = json.loads((here / "out/adapter_config.json").read_text())
@@ -111,7 +113,9 @@ def test_bert_learns_labels_and_its_new_head_is_written(qlt, here, base_of, fold
 @pytest.mark.parametrize(("kind", "words"), [("vit", ["--nf4"]), ("resnet", ["--nf4"]), ("resnet", ["--int8", "--init", "pissa"])], ids=str)
 def test_images_in_folders_are_told_apart(qlt, here, base_of, folder, kind, words):
     images = folder / "images" if (folder / "images").exists() else write_images(folder / "images")
-    made = qlt("train", "--base", base_of(kind), "--data", images, "--rank", 4, "--batch", 4, "--epochs", 3, "--val-share", 0.25, "--lr", 5e-3, *words, "-o", "out")
+    made = qlt(
+        "train", "--base", base_of(kind), "--data", images, "--rank", 4, "--batch", 4, "--epochs", 3, "--val-share", 0.25, "--lr", 5e-3, *words, "-o", "out"
+    )
     assert made.code == 0
     assert of_kind(here / "out", "evaluation")[-1]["accuracy"] == 1.0
 
@@ -134,7 +138,9 @@ def test_batch_norms_keep_the_statistics_of_the_base(qlt, here, base_of, folder,
     ids=lambda words: words[0] + str(words[1:2]),
 )  # fmt: skip
 def test_stock_peft_computes_what_was_trained(qlt, here, llama, data, live, words):
-    made = qlt("train", "--base", llama, "--data", data, "--bf16", "--rank", 6, "--batch", 4, "--steps", 3, "--lr", 2e-2, "--compute", "fp32", *words, "-o", "out")
+    made = qlt(
+        "train", "--base", llama, "--data", data, "--bf16", "--rank", 6, "--batch", 4, "--steps", 3, "--lr", 2e-2, "--compute", "fp32", *words, "-o", "out"
+    )
     assert made.code == 0
     assert files(here / "out") == OUTPUT
     ids = torch.arange(3, 43)[None]
@@ -150,7 +156,26 @@ def test_stock_peft_computes_what_was_trained(qlt, here, llama, data, live, word
 
 def test_the_adapter_of_the_best_evaluation_is_written(qlt, here, loud, data):
     (here / "val.jsonl").write_text(json.dumps({"prompt": "say 2: ", "completion": "qqqq"}) + "\n")  # a letter that training makes less and less likely
-    words = ["--base", loud, "--data", data, "--rank", 4, "--batch", 4, "--lr", 0.03, "--schedule", "constant", "--warmup", 0, "--val", "val.jsonl", "--keep", 1]
+    words = [
+        "--base",
+        loud,
+        "--data",
+        data,
+        "--rank",
+        4,
+        "--batch",
+        4,
+        "--lr",
+        0.03,
+        "--schedule",
+        "constant",
+        "--warmup",
+        0,
+        "--val",
+        "val.jsonl",
+        "--keep",
+        1,
+    ]
     made = qlt("train", *words, "--steps", 9, "--eval-every", 1, "--json", "-o", "out")
     report = made.json["report"]
     assert report["best_step"] < report["steps"] - 1
@@ -240,7 +265,9 @@ def test_json_is_one_object_even_with_all_events(qlt, here, llama, data):
 def test_checkpoints_are_made_and_kept_as_asked(qlt, here, llama, data, monkeypatch):
     kept = []
     finish = verb._finish
-    monkeypatch.setattr(verb, "_finish", lambda ready, dest, *rest: kept.extend(path.name for path in ready.folder.glob("step-*")) or finish(ready, dest, *rest))
+    monkeypatch.setattr(
+        verb, "_finish", lambda ready, dest, *rest: kept.extend(path.name for path in ready.folder.glob("step-*")) or finish(ready, dest, *rest)
+    )
     assert qlt("train", "--base", llama, "--data", data, *SHORT, "--steps", 7, "--save-every", 2, "--keep", 3, "-o", "out").code == 0
     assert sorted(kept) == ["step-000004", "step-000006", "step-000007"]
     assert files(here) == {f"out/{name}" for name in OUTPUT}

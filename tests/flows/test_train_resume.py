@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -151,11 +154,9 @@ def test_a_run_killed_before_its_output_was_written_only_writes_it(start, straig
     "changes",
     [
         {"base_format": "int8", "start_rank": None, "compute": "fp32", "clip": 0.0, "schedule": "linear"},
-        {"base_format": "bf16", "start_rank": None, "dora": True},
+        {"base_format": "bf16", "start_rank": None, "dora": True, "rank_budget": 3, "rank": 12, "rslora": True},
         {"start_rank": None, "init": "pissa", "checkpointing": "on", "val_share": 0.0},
-        {"start_rank": None, "init": "loftq", "pack": True, "dropout": 0.0},
-        {"start_rank": None, "rank_budget": 3, "rank": 12, "rslora": True},
-        {"start_rank": None, "keep": 1, "save_every": 1, "eval_every": 2},
+        {"start_rank": None, "init": "loftq", "pack": True, "dropout": 0.0, "keep": 1, "save_every": 1, "eval_every": 2},
     ],
     ids=lambda changes: "-".join(str(value) for value in changes.values()),
 )
@@ -246,6 +247,39 @@ def test_there_must_be_a_run_to_resume(start, tmp_path):
         start(tmp_path / "out", resume=True)
 
 
+def both(start, *arguments, **named):
+    """``start`` in two processes that torchrun would have started; their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def one(rank):
+        os.environ.update(WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        try:
+            start(*arguments, **named)
+        except Interrupted:
+            sys.exit(Interrupted.exit_code)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # later versions of python warn that a fork may meet threads
+        processes = [multiprocessing.get_context("fork").Process(target=one, args=(rank,)) for rank in range(2)]
+        for process in processes:
+            process.start()
+    for process in processes:
+        process.join(timeout=60)
+    return [process.exitcode for process in processes]
+
+
+def test_two_processes_are_interrupted_and_resumed_together(start, tmp_path):
+    assert both(start, tmp_path / "straight") == [0, 0]
+    assert both(start, tmp_path / "out", listen=at_step(3, terminated)) == [130, 130]
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(IncompatibleError, match="it ran on 2 processes, now on 1"):
+        start(tmp_path / "out", resume=True)
+    assert both(start, tmp_path / "out", resume=True) == [0, 0]
+    check_same(tmp_path / "out", tmp_path / "straight")
+
+
 def background(here, *words):
     """The real command in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(api.__file__).parents[1])}
@@ -257,14 +291,16 @@ def wait_for_line(path, kind, step):
     """Until the metrics file tells of ``step``."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        if path.exists() and any(json.loads(line).get("step", -1) >= step for line in path.read_text().splitlines() if f'"{kind}"' in line and line.endswith("}")):
+        if path.exists() and any(
+            json.loads(line).get("step", -1) >= step for line in path.read_text().splitlines() if f'"{kind}"' in line and line.endswith("}")
+        ):
             return
         time.sleep(0.005)
     raise AssertionError(f"no {kind} {step} in {path}")
 
 
 def test_the_command_goes_on_by_resume_alone_after_sigterm_and_after_sigkill(qlt, here, llama, data):
-    words = ["--base", llama, "--data", data, "--rank", 4, "--dropout", 0.2, "--batch", 4, "--steps", 60, "--val-share", 0.2, "--eval-every", 20]
+    words = ["--base", llama, "--data", data, "--rank", 4, "--dropout", 0.2, "--batch", 4, "--steps", 40, "--val-share", 0.2, "--eval-every", 20]
     processes = {number: background(here, *words, "-o", number.name) for number in (signal.SIGTERM, signal.SIGKILL)}
     for number, process in processes.items():
         wait_for_line(here / f"{number.name}.run/metrics.jsonl", "step", 22)

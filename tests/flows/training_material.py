@@ -40,7 +40,9 @@ def manifest(folder: Path) -> dict:
 def write_labelled(path: Path, count: int = 32) -> Path:
     """Texts that their first word decides."""
     words = (("good", "pos"), ("bad", "neg"))
-    path.write_text("".join(json.dumps({"text": f"{words[number % 2][0]} {'xyz'[number % 3]}", "label": words[number % 2][1]}) + "\n" for number in range(count)))
+    path.write_text(
+        "".join(json.dumps({"text": f"{words[number % 2][0]} {'xyz'[number % 3]}", "label": words[number % 2][1]}) + "\n" for number in range(count))
+    )
     return path
 
 

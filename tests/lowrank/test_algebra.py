@@ -87,7 +87,7 @@ def test_spans_that_share_nothing_have_no_overlap() -> None:
 
 def test_directions_without_weight_do_not_count_as_span() -> None:
     x, y = term(20, 15, 2), term(20, 15, 2, seed=1)
-    padded = LowRank(torch.cat([x.a_RI, y.a_RI]), torch.cat([x.b_OR, 0 * y.b_OR], dim=1))
+    padded = LowRank(torch.cat([x.a_RI, y.a_RI]), torch.cat([x.b_OR, 1e-9 * y.b_OR], dim=1))
     assert agreement(x, padded).output_overlap == pytest.approx(1.0) and decompose(padded).numerical_rank == 2
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -135,6 +136,12 @@ def test_parts_are_what_the_formats_say(folders):
     assert parts[E.WEIGHTS] == pytest.approx(base.bytes, rel=0.05), "but for the description beside each weight"
     assert parts[E.PROCESS] > 50 << 20
     assert found.total_bytes == sum(size for _, size in found.rows()) and all(size for _, size in found.rows())
+
+
+def test_the_record_is_plain_json(folders):
+    found = estimator_for(folders["llama"]).estimate()
+    assert set(dataclasses.asdict(found)) == {"device", "parts", "checkpointing"}
+    assert json.loads(json.dumps(dataclasses.asdict(found)))["device"] == "cpu"
 
 
 def test_moments_of_other_optimizers_need_no_device(folders):

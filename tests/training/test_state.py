@@ -24,7 +24,11 @@ from qlora_tools.training.state import (
     write_run,
 )
 
-WEIGHTS = {"master/a": torch.tensor([[1.5, float("-inf")], [float("nan"), -0.0]]), "optimizer/a/step": torch.tensor(3.0), "optimizer/a/state1": torch.arange(5, dtype=torch.uint8)}
+WEIGHTS = {
+    "master/a": torch.tensor([[1.5, float("-inf")], [float("nan"), -0.0]]),
+    "optimizer/a/step": torch.tensor(3.0),
+    "optimizer/a/state1": torch.arange(5, dtype=torch.uint8),
+}
 
 
 def identity(**changes):

@@ -137,7 +137,7 @@ def command(
 
     if not _speaks():
         common = replace(common, screen=Screen(quiet=True))
-    paths = {"base": base, "data": data, "val": val, "teacher": teacher}
+    paths: dict[str, Any] = {"base": base, "data": data, "val": val, "teacher": teacher}
     given = {name: value for name, value in values.items() if value is not None and _source(name) is not ParameterSource.DEFAULT}
     if resume:
         common = replace(common, output=common.output or Path(common.session.pick("run", "-o")))
@@ -157,6 +157,8 @@ def command(
     try:
         result = api.train(**paths, config=config, resume=resume, listen=run, **{**common.arguments, "progress": run})
     except Interrupted as stopped:
+        if not _speaks():  # the first process tells it
+            raise SystemExit(stopped.exit_code) from stopped
         if stopped.folder is not None:
             _remember_run(common, stopped.folder)
         raise

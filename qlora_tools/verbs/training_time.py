@@ -1,0 +1,81 @@
+"""The time of a training step before the run: its arithmetic counted on tensors without content, at the speed of a small sample on this machine.
+
+Counted are matrix products, convolutions and the decoding of stored weights, and a share on top for all that comes between them. What a busy
+machine or a device's own limits do to a run is not foreseen: the figure says hours or minutes, not which.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from qlora_tools.checkpoint.logical import LogicalCheckpoint
+from qlora_tools.quant.codec import Codec
+from qlora_tools.specs import TensorSpec, dtype_of
+from qlora_tools.training.config import TrainConfig
+from qlora_tools.training.estimate import Subject, empty_base
+from qlora_tools.training.footprint import empty_tensors, without_content
+from qlora_tools.training.frozen import StoredWeight
+from qlora_tools.training.order import batches
+from qlora_tools.training.rows import Batch
+from qlora_tools.verbs.training_data import Data
+from qlora_tools.verbs.training_memory import adapter_of, codec_of, compute_dtype
+
+_SIDE = 1024  # of the sample matrix
+_SAMPLE_SECONDS = 0.05
+#: Norms, activations, attention's softmax and the optimizer, as a share of what is counted: measured on small Llamas on a CPU.
+_BETWEEN = 0.35
+
+
+def seconds_per_step(
+    checkpoint: LogicalCheckpoint, made: Data, config: TrainConfig, ranks: Mapping[str, int], device: str, teacher: LogicalCheckpoint | None
+) -> float:
+    """About how long one optimizer step of one process would take."""
+    dtype, codec = compute_dtype(config, device), codec_of(config)
+    batch = made.rows.batch(next(batches(len(made.rows), config.batch, config.seed)))
+    model = empty_base(checkpoint, made.task, codec, dtype, made.labels)
+    stored = sum(module.spec.numel for module in model.modules() if isinstance(module, StoredWeight) and module.codec is not None)
+    flops = step_flops(adapter_of(checkpoint, made, ranks, dtype, teacher)(model, config), batch, device)
+    products = flops * _seconds_per_flop(dtype, device, rows=max(1, min(2048, batch.targets.numel())))
+    decoding = 2 * stored * (_seconds_per_weight(codec, dtype, device) if codec is not None else 0.0)  # forward and backward
+    again = 4 / 3 if config.checkpointing == "on" else 1.0
+    return config.accum * again * (1 + _BETWEEN) * (products + decoding)
+
+
+def step_flops(subject: Subject, batch: Batch, device: str) -> int:
+    """Floating-point operations of the products in one forward and backward pass. ``subject`` is of no further use."""
+    batch = batch.to(device)
+    with without_content():
+        for part in (subject.model, *subject.companions):
+            empty_tensors(part, device)
+        subject.model.train()
+        with FlopCounterMode(display=False) as counter:
+            total, _ = subject.loss(subject.model, batch)
+            total.backward()
+    return int(counter.get_total_flops())
+
+
+def _seconds_per_flop(dtype: torch.dtype, device: str, rows: int) -> float:
+    x, weight = torch.ones(rows, _SIDE, dtype=dtype, device=device), torch.ones(_SIDE, _SIDE, dtype=dtype, device=device)
+    return _seconds(lambda: x @ weight, device) / (2 * rows * _SIDE * _SIDE)
+
+
+def _seconds_per_weight(codec: Codec, dtype: torch.dtype, device: str) -> float:
+    weight = torch.linspace(-1, 1, _SIDE * _SIDE, device=device).view(_SIDE, _SIDE).to(dtype)
+    spec = TensorSpec("sample.weight", dtype_of(dtype).name, (_SIDE, _SIDE))
+    return _seconds(StoredWeight(codec, spec, codec.encode(spec, weight)).dense, device) / weight.numel()
+
+
+def _seconds(work: Callable[[], torch.Tensor], device: str) -> float:
+    """Mean time of ``work`` once it is warm."""
+    work()
+    began, count = time.perf_counter(), 0
+    while (passed := time.perf_counter() - began) < _SAMPLE_SECONDS:
+        work()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize(device)
+        count += 1
+    return passed / count
