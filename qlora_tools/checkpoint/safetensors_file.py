@@ -14,7 +14,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,9 +96,10 @@ class SafetensorsFile:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):
-            self.close()
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # bound now: at the interpreter's end `os` may be gone
+        if getattr(self, "_descriptor", -1) >= 0:
+            close(self._descriptor)
+            self._descriptor = -1
 
 
 def _open_regular(path: Path) -> int:

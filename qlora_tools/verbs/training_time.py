@@ -17,7 +17,7 @@ from qlora_tools.quant.codec import Codec
 from qlora_tools.specs import TensorSpec, dtype_of
 from qlora_tools.training.config import TrainConfig
 from qlora_tools.training.estimate import Subject, empty_base
-from qlora_tools.training.footprint import empty_tensors, without_content
+from qlora_tools.training.footprint import LiveBytes, empty_tensors, without_content
 from qlora_tools.training.frozen import StoredWeight
 from qlora_tools.training.order import batches
 from qlora_tools.training.rows import Batch
@@ -52,7 +52,7 @@ def step_flops(subject: Subject, batch: Batch, device: str) -> int:
         for part in (subject.model, *subject.companions):
             empty_tensors(part, device)
         subject.model.train()
-        with FlopCounterMode(display=False) as counter:
+        with LiveBytes("step"), FlopCounterMode(display=False) as counter:  # the former knows how many rows a mask leaves
             total, _ = subject.loss(subject.model, batch)
             total.backward()
     return int(counter.get_total_flops())

@@ -217,6 +217,12 @@ def test_tied_heads_share_memory(tie: bool, tmp_path: Path) -> None:
     assert (model.lm_head.weight is model.model.embed_tokens.weight) is tie
 
 
+def test_ties_that_only_transformers_knows_need_no_dense_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlora_tools.training.base._load_by_transformers", None)
+    base = loaded(opt(tmp_path / "model"), "language", NF4())
+    assert base.fresh == () and base.model.lm_head.weight is base.model.model.decoder.embed_tokens.weight
+
+
 def test_a_prefix_is_found_or_left_out(tmp_path: Path) -> None:
     """GPT-2's first checkpoints have no `transformer.` before their names."""
     folder = gpt2(tmp_path / "model")
