@@ -46,12 +46,22 @@ def resident_bytes() -> int:
 
 
 def available_bytes(device: str) -> int:
-    """What a run may take: free memory of the device, or of the machine."""
+    """What a run may take: free memory of the device, or of the machine, and of the container where it has a limit of its own."""
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(device)[0])
     if (found := _kilobytes("/proc/meminfo", "MemAvailable:")) is not None:
-        return found
+        return min(found, container_bytes())
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 1 << 62
+
+
+def container_bytes(folder: Path = Path("/sys/fs/cgroup")) -> int:
+    """What the limit of this control group (version 2) leaves, cached files counted as free; more than any machine has where there is none."""
+    try:
+        limit, held = (folder / "memory.max").read_text().strip(), int((folder / "memory.current").read_text())
+        cached = sum(int(line.split()[1]) for line in (folder / "memory.stat").read_text().splitlines() if line.startswith(("inactive_file ", "active_file ")))
+        return 1 << 62 if limit == "max" else max(0, int(limit) - held + cached)
+    except (OSError, ValueError, IndexError):  # no such group, or one of another make
+        return 1 << 62
 
 
 def _kilobytes(path: str, field: str) -> int | None:

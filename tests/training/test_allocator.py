@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qlora_tools.training import allocator
-from qlora_tools.training.allocator import available_bytes, peak_bytes, resident_bytes, return_freed_blocks
+from qlora_tools.training.allocator import available_bytes, container_bytes, peak_bytes, resident_bytes, return_freed_blocks
 
 HAS_MALLOPT = sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "mallopt")
 
@@ -77,3 +77,12 @@ def test_a_gpu_is_asked_for_its_own_memory() -> None:
     held = torch.ones(16 << 20, device="cuda")
     assert peak_bytes("cuda") >= held.numel() * 4
     assert 0 < available_bytes("cuda") < torch.cuda.get_device_properties(0).total_memory
+
+
+def test_a_containers_limit_counts_and_cached_files_are_free(tmp_path):
+    assert container_bytes(tmp_path) == 1 << 62
+    for name, text in (("memory.max", "1000\n"), ("memory.current", "700\n"), ("memory.stat", "anon 500\ninactive_file 150\nactive_file 50\n")):
+        (tmp_path / name).write_text(text)
+    assert container_bytes(tmp_path) == 1000 - 700 + 200
+    (tmp_path / "memory.max").write_text("max\n")
+    assert container_bytes(tmp_path) == 1 << 62
