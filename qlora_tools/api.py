@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from qlora_tools.verbs.inspect import Group, Inspection, inspect
     from qlora_tools.verbs.merge import MergeResult, TensorRetention, merge
     from qlora_tools.verbs.quantize import QuantizeResult, quantize
+    from qlora_tools.verbs.syntax import JudgedSyntax, SyntaxResult, evaluate_syntax
     from qlora_tools.verbs.train import TrainReport, TrainResult, train
 
 _HOMES = {
@@ -76,6 +77,7 @@ _HOMES = {
         "EvalResult",
         "Judged",
         "evaluate",
+    "evaluate_syntax",
     ),
     "qlora_tools.verbs.export": (
         "ExportResult",
@@ -103,6 +105,11 @@ _HOMES = {
         "QuantizeResult",
         "quantize",
     ),
+    "qlora_tools.verbs.syntax": (
+        "JudgedSyntax",
+        "SyntaxResult",
+        "evaluate_syntax",
+    ),
     "qlora_tools.verbs.train": (
         "TrainReport",
         "TrainResult",
@@ -126,11 +133,13 @@ __all__ = [
     "ImportResult",
     "Inspection",
     "Judged",
+    "JudgedSyntax",
     "KeptAdapter",
     "MergeResult",
     "QuantizeResult",
     "ResizeResult",
     "SumResult",
+    "SyntaxResult",
     "TensorRetention",
     "TrainConfig",
     "TrainReport",
@@ -142,6 +151,7 @@ __all__ = [
     "demo",
     "doctor",
     "evaluate",
+    "evaluate_syntax",
     "export",
     "extract",
     "import_adapter",

@@ -80,9 +80,9 @@ def _perplexity(screen: Screen, arguments: dict[str, Any]) -> Any:
 
 
 def _syntax(screen: Screen, arguments: dict[str, Any]) -> Any:
-    from qlora_tools.verbs.syntax import evaluate_syntax
+    from qlora_tools import api
 
-    result = evaluate_syntax(**arguments)
+    result = api.evaluate_syntax(**arguments)
     compared = len(result.models) > 1
     columns = ["model", "parses", "95 %", "cut, right so far", "broken", "empty"] + (["difference", "95 %", "McNemar p"] if compared else [])
     screen.table("", columns, [_syntax_row(judged, compared) for judged in result.models])
