@@ -77,7 +77,6 @@ _HOMES = {
         "EvalResult",
         "Judged",
         "evaluate",
-    "evaluate_syntax",
     ),
     "qlora_tools.verbs.export": (
         "ExportResult",
