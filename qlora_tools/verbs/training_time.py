@@ -1,7 +1,7 @@
 """The time of a training step before the run: its arithmetic counted on tensors without content, at the speed of a small sample on this machine.
 
-Counted are matrix products, convolutions and the decoding of stored weights, and a share on top for all that comes between them. What a busy
-machine or a device's own limits do to a run is not foreseen: the figure says hours or minutes, not which.
+Counted are matrix products and convolutions by their operations, stored weights by what their decoding takes, and everything between by the bytes of
+the tensors that are made. What a busy machine does to a run is not foreseen: the figure tells minutes from hours, not ten minutes from twenty.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ from qlora_tools.verbs.training_memory import adapter_of, codec_of, compute_dtyp
 
 _SIDE = 1024  # of the sample matrix
 _SAMPLE_SECONDS = 0.05
-#: Norms, activations, attention's softmax and the optimizer, as a share of what is counted: measured on small Llamas on a CPU.
-_BETWEEN = 0.35
 
 
 def seconds_per_step(
@@ -38,24 +36,42 @@ def seconds_per_step(
     batch = made.rows.batch(next(batches(len(made.rows), config.batch, config.seed)))
     model = empty_base(checkpoint, made.task, codec, dtype, made.labels)
     stored = sum(module.spec.numel for module in model.modules() if isinstance(module, StoredWeight) and module.codec is not None)
-    flops = step_flops(adapter_of(checkpoint, made, ranks, dtype, teacher)(model, config), batch, device)
+    flops, size = step_work(adapter_of(checkpoint, made, ranks, dtype, teacher)(model, config), batch, device)
     products = flops * _seconds_per_flop(dtype, device, rows=max(1, min(2048, batch.targets.numel())))
+    between = size * _seconds_per_byte(dtype, device)
     decoding = 2 * stored * (_seconds_per_weight(codec, dtype, device) if codec is not None else 0.0)  # forward and backward
     again = 4 / 3 if config.checkpointing == "on" else 1.0
-    return config.accum * again * (1 + _BETWEEN) * (products + decoding)
+    return config.accum * again * (products + decoding + between)
 
 
-def step_flops(subject: Subject, batch: Batch, device: str) -> int:
-    """Floating-point operations of the products in one forward and backward pass. ``subject`` is of no further use."""
+class _Made(LiveBytes):
+    """Also: the bytes of all tensors that were ever made."""
+
+    made = 0
+
+    def note(self, tensor: torch.Tensor, label: str | None = None) -> torch.Tensor:
+        before = self.total
+        super().note(tensor, label)
+        self.made += max(0, self.total - before)
+        return tensor
+
+
+def step_work(subject: Subject, batch: Batch, device: str) -> tuple[int, int]:
+    """(floating-point operations of the products, bytes of the tensors made) in a forward and backward pass. ``subject`` is of no further use."""
     batch = batch.to(device)
     with without_content():
         for part in (subject.model, *subject.companions):
             empty_tensors(part, device)
         subject.model.train()
-        with LiveBytes("step"), FlopCounterMode(display=False) as counter:  # the former knows how many rows a mask leaves
+        with _Made("step") as made, FlopCounterMode(display=False) as counter:
             total, _ = subject.loss(subject.model, batch)
             total.backward()
-    return int(counter.get_total_flops())
+    return int(counter.get_total_flops()), made.made
+
+
+def _seconds_per_byte(dtype: torch.dtype, device: str) -> float:
+    values = torch.ones(4, _SIDE, _SIDE, dtype=dtype, device=device)
+    return _seconds(lambda: values * 2, device) / values.nbytes
 
 
 def _seconds_per_flop(dtype: torch.dtype, device: str, rows: int) -> float:

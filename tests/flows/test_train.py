@@ -251,6 +251,7 @@ def test_a_dry_run_writes_nothing_and_says_what_would_be(qlt, here, llama, data)
     assert made.code == 0
     assert made.json["report"] is None
     assert made.json["plan"]["steps"] == 3
+    assert 0 < made.json["plan"]["seconds_per_step"] < 60
     assert len(made.json["plan"]["modules"]) == 14
     assert not list(here.iterdir())
 

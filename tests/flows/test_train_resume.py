@@ -76,6 +76,15 @@ def start(llama, data):
     return call
 
 
+def forked(call, *arguments, **named):
+    """``call`` in a process of its own, which has all that is imported here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # later versions of python warn that a fork may meet threads
+        child = multiprocessing.get_context("fork").Process(target=call, args=arguments, kwargs=named)
+        child.start()
+    return child
+
+
 @pytest.fixture(scope="module")
 def straight(start, tmp_path_factory):
     """The run without any interruption."""
@@ -110,8 +119,9 @@ def test_a_run_stopped_again_and_again_ends_in_the_same_bytes(start, straight, t
 
 @pytest.mark.parametrize(("step", "from_step"), [(2, 0), (5, 3)])
 def test_a_killed_run_goes_on_from_its_last_checkpoint(start, straight, tmp_path, step, from_step):
-    with pytest.raises(Killed):
-        start(tmp_path / "out", listen=at_step(step, killed))
+    child = forked(start, tmp_path / "out", listen=at_step(step, lambda: os.kill(os.getpid(), signal.SIGKILL)))
+    child.join(timeout=60)
+    assert child.exitcode == -signal.SIGKILL
     kept = checkpoints(run_folder(tmp_path / "out"))
     assert [path.name for path in kept[-1:]] == ([f"step-{from_step:06}"] if from_step else [])
     start(tmp_path / "out", resume=True)
@@ -260,11 +270,7 @@ def both(start, *arguments, **named):
         except Interrupted:
             sys.exit(Interrupted.exit_code)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # later versions of python warn that a fork may meet threads
-        processes = [multiprocessing.get_context("fork").Process(target=one, args=(rank,)) for rank in range(2)]
-        for process in processes:
-            process.start()
+    processes = [forked(one, rank) for rank in range(2)]
     for process in processes:
         process.join(timeout=60)
     return [process.exitcode for process in processes]
@@ -299,22 +305,17 @@ def wait_for_line(path, kind, step):
     raise AssertionError(f"no {kind} {step} in {path}")
 
 
-def test_the_command_goes_on_by_resume_alone_after_sigterm_and_after_sigkill(qlt, here, llama, data):
+def test_the_terminated_command_goes_on_by_resume_alone(qlt, here, llama, data):
     words = ["--base", llama, "--data", data, "--rank", 4, "--dropout", 0.2, "--batch", 4, "--steps", 40, "--val-share", 0.2, "--eval-every", 20]
-    processes = {number: background(here, *words, "-o", number.name) for number in (signal.SIGTERM, signal.SIGKILL)}
-    for number, process in processes.items():
-        wait_for_line(here / f"{number.name}.run/metrics.jsonl", "step", 22)
-        process.send_signal(number)
-    _, err = processes[signal.SIGTERM].communicate(timeout=60)
-    assert processes[signal.SIGTERM].returncode == 130
-    assert "everything is saved in SIGTERM.run" in err
+    process = background(here, *words, "-o", "stopped")
+    wait_for_line(here / "stopped.run/metrics.jsonl", "step", 10)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "everything is saved in stopped.run" in err
     assert "hint: to go on: qlt train --resume" in err
-    processes[signal.SIGKILL].communicate(timeout=60)
-    assert processes[signal.SIGKILL].returncode == -signal.SIGKILL
+    assert not (here / "stopped").exists()
+    assert qlt("train", "--resume").code == 0
     assert qlt("train", *words, "-o", "straight").code == 0
-    for number in processes:
-        assert not (here / number.name).exists()
-        (here / ".qlt/last.json").write_text(json.dumps({"run": number.name}))
-        assert qlt("train", "--resume").code == 0
-        assert adapter_bytes(here / number.name) == adapter_bytes(here / "straight")
-        assert untimed(here / number.name / "metrics.jsonl") == untimed(here / "straight/metrics.jsonl")
+    assert adapter_bytes(here / "stopped") == adapter_bytes(here / "straight")
+    assert untimed(here / "stopped/metrics.jsonl") == untimed(here / "straight/metrics.jsonl")
