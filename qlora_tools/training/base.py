@@ -102,10 +102,12 @@ def load_base(
     labels: Iterable[str] = (),
     seed: int = 0,
     device: str = "cpu",
+    tidy: Callable[[], Any] = lambda: None,
     progress: Progress = SILENT,
 ) -> Base:
     """Load ``checkpoint`` for ``task`` with its linears stored by ``codec`` (``None``: dense in ``dtype``).
 
+    ``tidy`` is called between layers, to give back what the last one took in passing.
     A checkpoint that is already stored in ``codec``'s form keeps its very bytes; one stored in another form is refused. Only the head of a
     classification may be missing, or be for another number of classes than ``labels``: it then starts anew, from ``seed``.
 
@@ -122,7 +124,7 @@ def load_base(
         raise _missing(checkpoint, model, unknown)
     if unknown:
         return _load_by_transformers(checkpoint, task, codec, dtype, labels, seed, device)
-    return _Loader(model, checkpoint, names, codec, dtype, device).load(fresh, seed, progress)
+    return _Loader(model, checkpoint, names, codec, dtype, device).load(fresh, seed, tidy, progress)
 
 
 def _missing(checkpoint: LogicalCheckpoint, model: Any, names: Iterable[str]) -> IncompatibleError:
@@ -188,7 +190,7 @@ class _Loader:
         self._model, self._checkpoint, self._names, self._codec, self._dtype, self._device = model, checkpoint, names, codec, dtype, device
         self._sha256: dict[str, str] = {}
 
-    def load(self, fresh: list[str], seed: int, progress: Progress) -> Base:
+    def load(self, fresh: list[str], seed: int, tidy: Callable[[], Any], progress: Progress) -> Base:
         frozen = {path: module for path, module in self._model.named_modules() if self._names.get(f"{path}.weight") and freezes(self._checkpoint, path, module)}
         others = {name: stored for name, stored in self._names.items() if stored is not None and _module_of(name) not in frozen}
         with progress.task("load the base", len(frozen) + len(others), "layers") as task:
@@ -197,6 +199,7 @@ class _Loader:
                 for path, layer in pool.map(lambda item: (item[0], self._frozen(*item)), frozen.items()):
                     self._model.set_submodule(path, layer)
                     task.advance(1, path)
+                    tidy()
             for name, stored in others.items():
                 self._place(name, self._read(stored))
                 task.advance(1, name)

@@ -6,7 +6,7 @@ model, with no formula per architecture to keep up to date. Only what no dispatc
 a rehearsal of the codec's kernels (CPU), and a measured share for the allocator and the kernels' own buffers.
 
 On the CPU the total is comparable with the peak of the resident set (``VmHWM``), on CUDA with the allocator's peak. On the CPU it
-holds for an allocator that gives freed blocks back (``allocator.py``); glibc's defaults keep up to 70 % more.
+holds for a heap that is looked after as ``allocator.py`` does; what glibc keeps in its holes nevertheless is a measured share.
 
 Left out: memory that is needed only while the base is loaded (one dense tensor at a time), evaluation, and sampling.
 """
@@ -28,10 +28,10 @@ from qlora_tools.lowrank.factors import LowRank
 from qlora_tools.quant.codec import Codec
 from qlora_tools.quant.floats import TILE_ELEMENTS
 from qlora_tools.specs import TensorSpec, dtype_of
-from qlora_tools.training.allocator import available_bytes
+from qlora_tools.training.allocator import available_bytes, resident_bytes
 from qlora_tools.training.base import MIN_ELEMENTS, build_empty
 from qlora_tools.training.config import TrainConfig
-from qlora_tools.training.footprint import LiveBytes, empty_tensors, resident_bytes, without_content
+from qlora_tools.training.footprint import LiveBytes, empty_tensors, without_content
 from qlora_tools.training.frozen import StoredWeight, can_freeze, freeze_layer
 from qlora_tools.training.loss import IGNORED, Loss
 from qlora_tools.training.optimizers import Masters, make_optimizer
@@ -41,8 +41,10 @@ WEIGHTS, ADAPTER, MASTERS, GRADIENTS, OPTIMIZER = "base weights", "adapter", "ad
 ACTIVATIONS, LOGITS, DECODED, PROCESS, SLACK = "activations", "logits and loss", "decoded weight", "process", "allocator and kernels"
 _ORDER = (PROCESS, WEIGHTS, ADAPTER, MASTERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOGITS, DECODED, SLACK)
 #: What the allocator and the kernels' own buffers took beyond live tensors: share of everything that comes and goes, and a constant.
-_SLACK_SHARE = {"cpu": 0.03, "cuda": 0.03}
-_SLACK_BYTES = {"cpu": 40 << 20, "cuda": 32 << 20}
+_SLACK_SHARE = {"cpu": 0.35, "cuda": 0.03}
+_SLACK_BYTES = {"cpu": 24 << 20, "cuda": 32 << 20}
+#: Copies of the largest factor of a product that the CPU's kernels hold: one for the forward pass and one for the backward.
+_FACTOR_COPIES = {"cpu": 2, "cuda": 0}
 #: A run that is estimated above this share of what is free gets gradient checkpointing.
 _FILL = 0.85
 #: bitsandbytes keeps moments of smaller tensors in fp32, and one fp32 maximum for each block of 256 values of the others.
@@ -282,7 +284,7 @@ def _parts(live: LiveBytes, device: str, process_bytes: int) -> tuple[tuple[str,
     sizes: Counter[str] = Counter(live.at_peak)
     passing = sum(sizes[label] for label in (ACTIVATIONS, LOGITS, DECODED))
     sizes[PROCESS] = process_bytes
-    sizes[SLACK] = int(_SLACK_SHARE[kind] * passing) + _SLACK_BYTES[kind]
+    sizes[SLACK] = int(_SLACK_SHARE[kind] * passing) + _SLACK_BYTES[kind] + _FACTOR_COPIES[kind] * live.largest_factor
     return tuple((name, sizes[name]) for name in _ORDER)
 
 

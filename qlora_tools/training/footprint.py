@@ -14,12 +14,10 @@ dispatcher sees. Uses ``torch._subclasses``, which is not public API; a test tra
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,21 +43,19 @@ _FACTORIES = (
 )
 
 
-def resident_bytes() -> int:
-    """What this process holds in memory now; 0 where the system does not say."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
+_PRODUCTS = (_ATEN.mm.default, _ATEN.bmm.default, _ATEN.addmm.default, _ATEN.addmm_.default)
 
 
 class LiveBytes(TorchDispatchMode):
-    """Live bytes by label, now and at the peak. New storages get the label that stands in ``label``."""
+    """Live bytes by label, now and at the peak. New storages get the label that stands in ``label``.
+
+    ``largest_factor``: bytes of the largest right factor of a matrix product, which the CPU's kernels copy into an order of their own.
+    """
 
     def __init__(self, label: str) -> None:
         super().__init__()
         self.label = label
+        self.largest_factor = 0
         self.now: Counter[str] = Counter()
         self.total = 0
         self.peak = 0
@@ -68,6 +64,8 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         result = _call(func, args, kwargs or {})
+        if func in _PRODUCTS:
+            self.largest_factor = max(self.largest_factor, args[-1].numel() * args[-1].element_size())
         tree_map_only(torch.Tensor, self.note, result)
         return result
 

@@ -13,7 +13,8 @@ Axes: T tokens (all leading axes), I inputs, O outputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -111,6 +112,21 @@ class _FrozenConv(torch.autograd.Function):
         return conv2d_input(ctx.shape, ctx.stored.dense().to(grad.dtype), grad, *ctx.settings), None, None, None
 
 
+_outlined = 0
+
+
+@contextmanager
+def outlines() -> Iterator[None]:
+    """Inside the block ``weight`` of every frozen layer has shape, dtype and device but no content: enough for who only looks at it, and
+    no layer is decoded for that."""
+    global _outlined
+    _outlined += 1
+    try:
+        yield
+    finally:
+        _outlined -= 1
+
+
 class _Frozen:
     """What the three layers share; mixed in before the layer that is replaced."""
 
@@ -129,7 +145,9 @@ class _Frozen:
         return "dense" if self.stored.codec is None else self.stored.codec.name
 
     def dense(self) -> torch.Tensor:
-        """The decoded weight less the offset, as it is stored."""
+        """The decoded weight less the offset, as it is stored; inside :func:`outlines` a tensor of its shape without content."""
+        if _outlined:
+            return torch.empty((), dtype=self.stored.spec.torch_dtype, device=self.stored.device).expand(self.stored.spec.shape)
         dense = self.stored.dense()
         return dense if self.offset is None else (dense.float() - self.offset.dense().to(dense.device).view(dense.shape)).to(dense.dtype)
 

@@ -54,6 +54,7 @@ class Run:
     sample: Callable[[str], str] | None = None
     progressed: Progressed = field(default_factory=Progressed)
     peak_bytes: Callable[[], int] = lambda: 0
+    tidy: Callable[[], Any] = lambda: None  # between a forward and a backward pass
 
     def __post_init__(self) -> None:
         self.optimizer = make_optimizer(self.masters, self.config)
@@ -171,6 +172,7 @@ def backward(run: Run, batch: Batch, targets: int) -> torch.Tensor:
     """One micro-batch: its share of the loss of a step with ``targets`` targets, detached; gradients go to the masters."""
     loss, _ = run.loss(run.model, batch.to(run.device))
     share = loss / max(1, targets)
+    run.tidy()
     share.backward()
     run.masters.gather()
     return share.detach().double()

@@ -21,6 +21,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from qlora_tools.models.family import Family, matching, nothing_matches
 from qlora_tools.names import natural_key, shortened
 from qlora_tools.specs import spec_of
 from qlora_tools.training.config import TrainConfig
-from qlora_tools.training.frozen import FrozenConv1D, FrozenConv2d, FrozenLinear, StoredWeight, can_freeze, freeze_layer
+from qlora_tools.training.frozen import FrozenConv1D, FrozenConv2d, FrozenLinear, StoredWeight, can_freeze, freeze_layer, outlines
 
 ADAPTER = "default"
 PREFIX = "base_model.model."
@@ -165,7 +166,8 @@ def inject(
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about fan_in_fan_out, which PEFT then sets right
-        peft_model = get_peft_model(model, _peft_config(model, first, config, task_type, whole), ADAPTER, autocast_adapter_dtype=False)
+        with nullcontext() if config.dora else outlines():  # PEFT looks at each weight; only DoRA at its content
+            peft_model = get_peft_model(model, _peft_config(model, first, config, task_type, whole), ADAPTER, autocast_adapter_dtype=False)
     layers = lora_layers(peft_model)
     assert layers.keys() == ranks.keys(), f"PEFT took other modules: {shortened(layers.keys() ^ ranks.keys())}"
     for path, layer in layers.items():

@@ -22,7 +22,7 @@ from torch.nn import functional
 from qlora_tools.training.rows import Batch
 
 #: Elements of one chunk of logits: 32 MB in fp32.
-CHUNK_ELEMENTS = 1 << 23
+CHUNK_ELEMENTS = 1 << 22
 IGNORED = -100
 
 

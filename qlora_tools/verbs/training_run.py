@@ -16,7 +16,7 @@ from qlora_tools.checkpoint.logical import LogicalCheckpoint
 from qlora_tools.errors import IncompatibleError, UnsupportedError, UsageError
 from qlora_tools.progress import Progress
 from qlora_tools.training import events
-from qlora_tools.training.allocator import peak_bytes, return_freed_blocks
+from qlora_tools.training.allocator import Heap, peak_bytes
 from qlora_tools.training.base import Base, build_empty, load_base
 from qlora_tools.training.config import TrainConfig
 from qlora_tools.training.estimate import can_checkpoint
@@ -163,10 +163,9 @@ def prepare_run(
     progress: Progress,
 ) -> Prepared:
     """Load the base, put the adapter on it, and measure two steps."""
-    if device == "cpu":
-        return_freed_blocks()
-    dtype = compute_dtype(config, device)
-    base = load_base(checkpoint, made.task, codec_of(config), dtype=dtype, labels=made.labels, seed=config.seed, device=device, progress=progress)
+    dtype, heap = compute_dtype(config, device), Heap(device)
+    options: Any = {"dtype": dtype, "device": device, "tidy": heap.give_back, "progress": progress}
+    base = load_base(checkpoint, made.task, codec_of(config), labels=made.labels, seed=config.seed, **options)
     if config.pack:
         check_isolation(lambda **inputs: base.model(**inputs, use_cache=False).logits, base.model.config.get_text_config().vocab_size, device)
     model, ranks = _adapted(base, made, plan, config, dtype, checkpoint)
@@ -174,6 +173,7 @@ def prepare_run(
     if checkpointing:
         recompute_activations(model)
     fuse(model)
+    heap.give_back()
     loss, teacher_sha256 = _loss(base, made.task, teacher, config, dtype, device, progress)
     run = Run(
         model=model,
@@ -187,6 +187,7 @@ def prepare_run(
         world=world,
         sample=_sampler(model, made, config),
         peak_bytes=lambda: peak_bytes(device),
+        tidy=heap.give_back,
     )
     identity = RunIdentity(
         config=config.record(),

@@ -221,8 +221,7 @@ PEAK = """
 import sys, torch
 torch.set_num_threads(1)
 from pathlib import Path
-from qlora_tools.training.allocator import peak_bytes, return_freed_blocks
-assert return_freed_blocks()
+from qlora_tools.training.allocator import Heap, peak_bytes
 from tests.training import test_estimate as T
 folder, batch = Path(sys.argv[1]), T.batch_for("language", 8, 128)
 found = T.estimator_for(folder, batch=batch, rank=16).of(False)
@@ -231,8 +230,12 @@ subject = T.adapt(checkpoint, "language")(T.load_base(checkpoint, "language", T.
 masters = T.E.Masters({name: value for name, value in subject.model.named_parameters() if value.requires_grad})
 optimizer = T.E.make_optimizer(masters, T.TrainConfig(rank=16))
 subject.model.train()
+heap = Heap()
+heap.give_back()
 for step in range(2):
-    (subject.loss(subject.model, batch)[0] / batch.count).backward()
+    loss = subject.loss(subject.model, batch)[0] / batch.count
+    heap.give_back()
+    loss.backward()
     masters.gather(); optimizer.step(); masters.publish(); masters.clear()
 print(found.total_bytes, peak_bytes("cpu"), dict(found.parts)["process"])
 """
