@@ -123,9 +123,21 @@ def memory() -> str:
     )
 
 
+def training_memory() -> str:
+    """The estimate of a run's memory beside its peak."""
+    found = result("train_memory")
+    if not found:
+        return "not measured"
+    rows = [
+        [f"{row['shape']} `{row['options']}`", f"{row['estimate_bytes'] / 1e6:,.0f} MB", f"{row['peak_bytes'] / 1e6:,.0f} MB", f"{100 * row['error']:+.1f} %"]
+        for row in found["rows"]
+    ]
+    return table(["`qlt train`, rank 16, all linears, CPU", "estimated", "peak RSS", "error"], rows)
+
+
 def commands() -> str:
     """Where the rows come from."""
-    names = ("extract_vs_mergekit", "quantize_speed", "train_vs_peft", "train_quality", "export_vs_genai", "memory")
+    names = ("extract_vs_mergekit", "quantize_speed", "train_vs_peft", "train_quality", "train_memory", "export_vs_genai", "memory")
     found = [item["command"] for name in names if (item := result(name))]
     machine = next(item["machine"] for name in names if (item := result(name)))
     return "Made by " + ", ".join(f"`{command}`" for command in found) + f" on {machine['cores']} cores of an {machine['cpu']}."
@@ -143,7 +155,7 @@ def chain() -> str:
     return path.read_text(encoding="utf-8").split("\n\n")[0] if path.exists() else "not measured"
 
 
-BLOCKS = {"chain": chain, "peers": peers, "memory": memory, "commands": commands}
+BLOCKS = {"chain": chain, "peers": peers, "memory": memory, "training-memory": training_memory, "commands": commands}
 
 
 def generated(text: str) -> str:

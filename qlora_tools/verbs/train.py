@@ -99,10 +99,10 @@ def train(
         world.any(False)  # no process goes on, and makes a folder, before all have looked
         made = prepare(checkpoint, Path(data), Path(val) if val is not None else None, config, progress)
         plan = plan_run(checkpoint, made, config, place, world.size, teacher_model, timed=dry_run)
-        listen = listen if world.rank == 0 else events.silent
-        listen(events.Planned(plan, str(dest)))
         if dry_run:
             return TrainResult(dest, time.perf_counter() - began, plan, None)
+        listen = listen if world.rank == 0 else events.silent
+        listen(events.Planned(plan, str(dest)))
         with _explained_memory(plan):
             ready = prepare_run(checkpoint, made, plan, config, place, world, teacher_model, run_folder(dest), progress)
             words = {"base": str(base), "data": str(data), "val": str(val) if val else None, "teacher": str(teacher) if teacher else None}

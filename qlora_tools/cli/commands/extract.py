@@ -28,7 +28,7 @@ _SHOWN_ROWS = 12
 @click.option("--energy", type=float, metavar="SHARE", help="Per tensor, the smallest rank that keeps this share of ||delta||^2.")
 @click.option("--max-bytes", type=SIZE, metavar="SIZE", help="Spend at most this much (20MB) where it removes most error.")
 @click.option("--max-rank", type=int, default=128, show_default=True, help="Cap of auto, --energy and --max-bytes.")
-@click.option("--targets", default="all", show_default=True, metavar="attn|mlp|all|REGEX", help="Which linears and convolutions get factors.")
+@click.option("--targets", default="all", show_default=True, metavar="minimal|qkv|attn|mlp|all|REGEX", help="Which linears and convolutions get factors.")
 @click.option(
     "--embeddings",
     type=click.Choice(["full", "lora", "drop"]),
