@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_tools.errors import CorruptError, MissingError, UsageError
+from qlora_tools.errors import UsageError
+from qlora_tools.live.tokenizer import read_utf8
 
 Ids = NDArray[np.int64]
 PARTS = ("train", "heldout", "all")
@@ -134,13 +135,7 @@ def read_corpus(path: Path) -> Corpus:
     Raises:
         MissingError, CorruptError: no such file; not UTF-8.
     """
-    if not path.is_file():
-        raise MissingError(f"{path}: no such text file")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CorruptError(f"{path} is not UTF-8 text (byte {error.start})", hint="convert it to UTF-8") from error
-    return Corpus(path.name, text)
+    return Corpus(path.name, read_utf8(path))
 
 
 def python_reference(part: str = "heldout") -> Corpus:

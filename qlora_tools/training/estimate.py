@@ -24,15 +24,15 @@ import torch
 from torch import nn
 
 from qlora_tools.checkpoint.logical import LogicalCheckpoint
+from qlora_tools.live.base import MIN_ELEMENTS, build_empty
+from qlora_tools.live.frozen import StoredWeight, can_freeze, freeze_layer
 from qlora_tools.lowrank.factors import LowRank
 from qlora_tools.quant.codec import Codec
 from qlora_tools.quant.floats import TILE_ELEMENTS
 from qlora_tools.specs import TensorSpec, dtype_of
 from qlora_tools.training.allocator import available_bytes, resident_bytes
-from qlora_tools.training.base import MIN_ELEMENTS, build_empty
 from qlora_tools.training.config import TrainConfig
 from qlora_tools.training.footprint import LiveBytes, empty_tensors, without_content
-from qlora_tools.training.frozen import StoredWeight, can_freeze, freeze_layer
 from qlora_tools.training.loss import IGNORED, Loss
 from qlora_tools.training.optimizers import Masters, make_optimizer
 from qlora_tools.training.rows import Batch

@@ -26,8 +26,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from qlora_tools.live.frozen import StoredWeight
 from qlora_tools.lowrank.factors import LowRank
-from qlora_tools.training.frozen import StoredWeight
 
 _ATEN = torch.ops.aten
 #: Integer tensors made from nothing, at most this large, are made for real: positions and index ranges that masks depend on.

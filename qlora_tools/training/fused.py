@@ -23,7 +23,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 from torch.nn import functional
 
-from qlora_tools.training.frozen import FrozenConv1D, FrozenLinear, StoredWeight
+from qlora_tools.live.frozen import FrozenConv1D, FrozenLinear, StoredWeight
 
 _SILU = ("SiLU", "SiLUActivation")
 _TOLERANCE = 2e-2  # of the output's norm: a few roundings to bf16

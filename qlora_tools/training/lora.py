@@ -36,6 +36,7 @@ from qlora_tools.adapters.peft_files import WEIGHTS, Target, adapter_config, wri
 from qlora_tools.checkpoint.writer import SafetensorsWriter
 from qlora_tools.engine.run import single_threaded_blas
 from qlora_tools.errors import UnsupportedError, UsageError
+from qlora_tools.live.frozen import FrozenConv1D, FrozenConv2d, FrozenLinear, StoredWeight, can_freeze, freeze_layer, outlines
 from qlora_tools.lowrank import initial
 from qlora_tools.lowrank.factors import LowRank
 from qlora_tools.lowrank.svd import seed_of
@@ -43,7 +44,6 @@ from qlora_tools.models.family import Family, matching, nothing_matches
 from qlora_tools.names import natural_key, shortened
 from qlora_tools.specs import spec_of
 from qlora_tools.training.config import TrainConfig
-from qlora_tools.training.frozen import FrozenConv1D, FrozenConv2d, FrozenLinear, StoredWeight, can_freeze, freeze_layer, outlines
 
 ADAPTER = "default"
 PREFIX = "base_model.model."

@@ -12,6 +12,7 @@ from qlora_tools.bench.engine import locate
 from qlora_tools.checkpoint.hub import resolve_model
 from qlora_tools.checkpoint.reader import read_json
 from qlora_tools.errors import IncompatibleError, MissingError, UsageError
+from qlora_tools.live.tokenizer import open_tokenizer
 from qlora_tools.manifest import read_manifest
 from qlora_tools.progress import SILENT, Progress
 from qlora_tools.quality.corpus import Corpus, Method, Window, python_reference, read_corpus, tokenize
@@ -166,9 +167,7 @@ def read_text(folder: Path, text: Path | None, *, tokens: int, context: int) -> 
     """
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         raise MissingError(f"{folder} holds no tokenizer, so no text can be read", hint="copy the model's tokenizer files into it")
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = open_tokenizer(folder)
     corpus = read_corpus(text) if text else python_reference()
     method = Method(context=min(context, positions_of(folder) or context), max_tokens=tokens)
     windows = tokenize(corpus, lambda content: tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"], method)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qlora_tools.checkpoint.hub import resolve_model
 from qlora_tools.checkpoint.reader import read_json
 from qlora_tools.errors import MissingError, UsageError
+from qlora_tools.live.tokenizer import open_tokenizer
 from qlora_tools.progress import SILENT, Progress
 from qlora_tools.quality.prompts import Prompt, PromptSet, library_prompts, read_prompts
 from qlora_tools.quality.syntax import SyntaxComparison, SyntaxShare, check_prompts, compare_syntax, syntax_share
@@ -88,9 +88,7 @@ class TokenizerWords:
     def __init__(self, folder: Path) -> None:
         if not any((folder / name).exists() for name in TOKENIZER_FILES):
             raise MissingError(f"{folder} holds no tokenizer, so no prompt can be read", hint="copy the model's tokenizer files into it")
-        from transformers import AutoTokenizer
-
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self._tokenizer = open_tokenizer(folder)
         self.stop = frozenset(_stop_ids(folder)) | ({self._tokenizer.eos_token_id} - {None})
 
     def ids(self, prompt: str) -> list[int]:

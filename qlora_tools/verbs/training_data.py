@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_tools.checkpoint.logical import LogicalCheckpoint
-from qlora_tools.errors import IncompatibleError, MissingError, UsageError
+from qlora_tools.errors import IncompatibleError, UsageError
+from qlora_tools.live.tokenizer import open_tokenizer
 from qlora_tools.progress import Progress
 from qlora_tools.training.config import TrainConfig
 from qlora_tools.training.examples import Records, read_records
@@ -76,22 +77,6 @@ def _context(checkpoint: LogicalCheckpoint, config: TrainConfig, progress: Progr
         progress.note(f"examples are cut at {limit} tokens, the model's context (--max-len {config.max_len})")
         return limit
     return config.max_len
-
-
-def open_tokenizer(folder: Path) -> Any:
-    """The tokenizer beside the weights; none of its own code is run.
-
-    Raises:
-        MissingError: there is none.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
-        raise MissingError(
-            f"{folder} holds no tokenizer that transformers can load: {str(error)[:200]}", hint="copy the tokenizer's files beside the weights"
-        ) from error
 
 
 def _language(records: Records, held: Records | None, tokenizer: Any, config: TrainConfig, progress: Progress) -> Data:

@@ -14,10 +14,10 @@ from peft import PeftModel
 from qlora_tools.adapters.merged import base_fingerprint
 from qlora_tools.checkpoint.logical import LogicalCheckpoint
 from qlora_tools.errors import IncompatibleError, UnsupportedError, UsageError
+from qlora_tools.live.base import Base, build_empty, load_base
 from qlora_tools.progress import Progress
 from qlora_tools.training import events
 from qlora_tools.training.allocator import Heap, peak_bytes
-from qlora_tools.training.base import Base, build_empty, load_base
 from qlora_tools.training.config import TrainConfig
 from qlora_tools.training.estimate import can_checkpoint
 from qlora_tools.training.fused import fuse

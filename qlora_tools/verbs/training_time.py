@@ -13,12 +13,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from qlora_tools.checkpoint.logical import LogicalCheckpoint
+from qlora_tools.live.frozen import StoredWeight
 from qlora_tools.quant.codec import Codec
 from qlora_tools.specs import TensorSpec, dtype_of
 from qlora_tools.training.config import TrainConfig
 from qlora_tools.training.estimate import Subject, empty_base
 from qlora_tools.training.footprint import LiveBytes, empty_tensors, without_content
-from qlora_tools.training.frozen import StoredWeight
 from qlora_tools.training.order import batches
 from qlora_tools.training.rows import Batch
 from qlora_tools.verbs.training_data import Data

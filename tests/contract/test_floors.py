@@ -12,7 +12,7 @@ FLOORS = {
     "errors": 0, "specs": 0, "progress": 0, "names": 0, "manifest": 0, "finite": 0,
     "quant": 1, "lowrank": 1, "models": 1,
     "checkpoint": 2, "engine": 2,
-    "adapters": 3,
+    "adapters": 3, "live": 3,
     "stages": 4, "training": 4, "calibrate": 4, "export": 4, "bench": 4, "quality": 4,
     "verbs": 5, "demo": 5, "api": 5,
     "cli": 6,

@@ -13,7 +13,7 @@ import torch
 
 from qlora_tools.checkpoint.logical import open_checkpoint
 from qlora_tools.training import estimate as E
-from qlora_tools.training.base import load_base
+from qlora_tools.live.base import load_base
 from qlora_tools.training.config import TrainConfig
 from qlora_tools.training.footprint import LiveBytes
 from qlora_tools.training.fused import fuse

@@ -18,7 +18,7 @@ from qlora_tools.quant.codec import Codec
 from qlora_tools.quant.nf4 import NF4
 from qlora_tools.specs import TensorSpec, dtype_of, spec_of
 from qlora_tools.training.config import TrainConfig
-from qlora_tools.training.frozen import StoredWeight, can_freeze, freeze_layer
+from qlora_tools.live.frozen import StoredWeight, can_freeze, freeze_layer
 from qlora_tools.training.fused import _RmsNorm, fuse
 from qlora_tools.training.lora import choose_modules, inject, rank_of, trainable_parameters
 from qlora_tools.training.ranks import widen

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from qlora_tools.checkpoint.logical import open_checkpoint
 from qlora_tools.errors import NonFiniteError
 from qlora_tools.training import loop
-from qlora_tools.training.base import load_base
+from qlora_tools.live.base import load_base
 from qlora_tools.training.config import TrainConfig
 from qlora_tools.training.loop import Run, evaluate, grow, interruptions, micro_batches, neftune, restore, train, train_mode
 from qlora_tools.training.lora import choose_modules, inject, rank_of, trainable_parameters

@@ -35,8 +35,8 @@ from qlora_tools.errors import IncompatibleError, UnsupportedError
 from qlora_tools.quant.codec import Codec
 from qlora_tools.quant.int8 import Int8
 from qlora_tools.quant.nf4 import NF4
-from qlora_tools.training.base import Base, load_base
-from qlora_tools.training.frozen import FrozenConv1D, FrozenConv2d, FrozenLinear
+from qlora_tools.live.base import Base, load_base
+from qlora_tools.live.frozen import FrozenConv1D, FrozenConv2d, FrozenLinear
 from qlora_tools.verbs.quantize import quantize
 from tests.conftest import build_llama, save_model
 
@@ -218,7 +218,7 @@ def test_tied_heads_share_memory(tie: bool, tmp_path: Path) -> None:
 
 
 def test_ties_that_only_transformers_knows_need_no_dense_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qlora_tools.training.base._load_by_transformers", None)
+    monkeypatch.setattr("qlora_tools.live.base._load_by_transformers", None)
     base = loaded(opt(tmp_path / "model"), "language", NF4())
     assert base.fresh == () and base.model.lm_head.weight is base.model.model.decoder.embed_tokens.weight
 

@@ -27,11 +27,11 @@ from qlora_tools.checkpoint.logical import LogicalCheckpoint
 from qlora_tools.checkpoint.reader import tensor_sha256
 from qlora_tools.engine.run import single_threaded_blas
 from qlora_tools.errors import IncompatibleError, UnsupportedError
+from qlora_tools.live.frozen import StoredWeight, can_freeze, freeze_layer
 from qlora_tools.names import shortened
 from qlora_tools.progress import SILENT, Progress
 from qlora_tools.quant.codec import Codec, Stored
 from qlora_tools.specs import TensorSpec, dtype_of, spec_of
-from qlora_tools.training.frozen import StoredWeight, can_freeze, freeze_layer
 
 #: Weights smaller than this stay dense: quantizing them saves nothing.
 MIN_ELEMENTS = 1024
