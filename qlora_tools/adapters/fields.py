@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from qlora_tools.adapters.path_patterns import path_pattern
 from qlora_tools.errors import CorruptError
 
 _MAX_PATTERN = 4096
@@ -56,12 +57,14 @@ class Fields:
         return str(value)
 
     def regex(self, name: str, pattern: str) -> str:
-        try:
-            re.compile(pattern)
-        except (re.error, RecursionError, OverflowError):
-            raise self._wrong(name, pattern, "a regular expression") from None
         if len(pattern) > _MAX_PATTERN:
             raise self._wrong(name, pattern, f"a pattern of at most {_MAX_PATTERN} characters")
+        try:
+            path_pattern(pattern)
+        except re.error as error:
+            raise self._wrong(name, pattern, f"a regular expression ({error})") from None
+        except (RecursionError, OverflowError):
+            raise self._wrong(name, pattern, "a regular expression") from None
         return pattern
 
     def patterns(self, name: str) -> dict[str, Any]:

@@ -19,9 +19,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from qlora_tools.adapters.adapter import Adapter, Delta, Part
+from qlora_tools.adapters.values import checked
 from qlora_tools.checkpoint.logical import LogicalCheckpoint
 from qlora_tools.engine.plan import Source, row_tiles
-from qlora_tools.errors import IncompatibleError, NonFiniteError
+from qlora_tools.errors import IncompatibleError
 from qlora_tools.manifest import read_manifest
 from qlora_tools.specs import TensorSpec
 
@@ -172,7 +173,7 @@ def _adapted(adapter: Adapter, name: str, base: torch.Tensor, span: Rows, *, who
         result = _with_token_rows(result, adapter, name, span)
     if name in adapter.biases:
         bias = adapter.biases[name]
-        result = _widened(result) + bias.scale * _rows(_finite(bias.part.read(), bias.part.key), span).to(_wide(result))
+        result = _widened(result) + bias.scale * _rows(checked(bias.part.key, bias.part.read()), span).to(_wide(result))
     delta = adapter.deltas.get(name)
     if delta is None:
         return result
@@ -186,7 +187,7 @@ def _rescaled(result: torch.Tensor, delta: Delta, span: Rows) -> torch.Tensor:
     """DoRA: ``m (W + D) / ||W + D||``, lengths taken per output."""
     assert delta.magnitude is not None
     _add_product(result, delta, delta.scale, span)
-    magnitude_O = _finite(delta.magnitude.read(), delta.magnitude.key).reshape(-1).to(result.dtype)
+    magnitude_O = checked(delta.magnitude.key, delta.magnitude.read()).reshape(-1).to(result.dtype)
     if delta.transposed:
         return result.mul_(magnitude_O / torch.linalg.vector_norm(result, dim=0))
     lengths_O = torch.linalg.vector_norm(result.flatten(1), dim=1)
@@ -196,8 +197,8 @@ def _rescaled(result: torch.Tensor, delta: Delta, span: Rows) -> torch.Tensor:
 def _add_product(result: torch.Tensor, delta: Delta, scale: float, span: Rows) -> bool:
     """Add ``scale B A`` to rows ``span`` of the weight, in place. False when a factor is zero and nothing was touched."""
     wide = result.dtype
-    a_RI = _finite(delta.a.read(), delta.a.key).to(device=result.device, dtype=wide).reshape(delta.rank, -1)
-    b_OR = _finite(delta.b.read(), delta.b.key).to(device=result.device, dtype=wide).reshape(-1, delta.rank)
+    a_RI = checked(delta.a.key, delta.a.read()).to(device=result.device, dtype=wide).reshape(delta.rank, -1)
+    b_OR = checked(delta.b.key, delta.b.read()).to(device=result.device, dtype=wide).reshape(-1, delta.rank)
     if not bool(a_RI.any()) or not bool(b_OR.any()):
         return False
     left, right = (_rows(a_RI.T, span), b_OR.T) if delta.transposed else (_rows(b_OR, span), a_RI)
@@ -211,7 +212,7 @@ def _with_token_rows(base: torch.Tensor, adapter: Adapter, name: str, span: Rows
     pairs = [(row - start, position) for position, row in enumerate(tokens.rows) if start <= row < stop]
     result = base.clone()
     if pairs:
-        result[[row for row, _ in pairs]] = _finite(tokens.part.read(), tokens.part.key)[[position for _, position in pairs]].to(base.dtype)
+        result[[row for row, _ in pairs]] = checked(tokens.part.key, tokens.part.read())[[position for _, position in pairs]].to(base.dtype)
     return result
 
 
@@ -225,10 +226,3 @@ def _wide(tensor: torch.Tensor) -> torch.dtype:
 
 def _widened(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(_wide(tensor))
-
-
-def _finite(tensor: torch.Tensor, key: str) -> torch.Tensor:
-    """``tensor`` itself. Raises NonFiniteError when it holds NaN or infinity."""
-    if not bool(torch.isfinite(torch.linalg.vector_norm(tensor.float()))):
-        raise NonFiniteError(f"adapter tensor `{key}` holds NaN or infinity", hint="the training run diverged: use an earlier checkpoint")
-    return tensor

@@ -6,7 +6,7 @@ matter only while training are let through. PEFT itself is not imported: :data:`
 compares it with the installed PEFT.
 
 Rank and alpha of a module come from ``rank_pattern`` and ``alpha_pattern``, whose keys are regular expressions matched
-as ``(.*\\.)?(key)$`` against the module's path, first hit wins.
+as ``(.*\\.)?(key)$`` against the module's path, first hit wins. All patterns are matched by ``path_patterns.py``, which cannot hang.
 """
 
 from __future__ import annotations
@@ -20,9 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from qlora_tools.adapters.fields import Fields, is_empty
+from qlora_tools.adapters.path_patterns import path_pattern
 from qlora_tools.errors import CorruptError, MissingError, UnsupportedError
 
 FILE_NAME = "adapter_config.json"
+_NUMBER = re.compile(r"\.(\d+)\.")
+_ANY_LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
 _MAX_BYTES = 16 << 20
 
 #: Field of PEFT's LoraConfig -> how it is treated. ``used``: read below. ``training``: says how the adapter was trained or
@@ -120,7 +123,7 @@ class PeftConfig:
 
     def targets(self, module: str) -> bool:
         """Whether the configuration puts a LoRA on ``module``."""
-        if _selects(self.exclude_modules, module) or any(re.match(rf"(^|.*\.){saved}($|\..*)", module) for saved in self.modules_to_save):
+        if _selects(self.exclude_modules, module) or any(_reaches(saved, module) for saved in self.modules_to_save):
             return False
         if self.target_modules in (None, "all-linear"):
             return True
@@ -129,8 +132,11 @@ class PeftConfig:
         return isinstance(self.target_modules, str) or not self.layers_to_transform or self._layer_of(module) in self.layers_to_transform
 
     def _layer_of(self, module: str) -> int | None:
-        patterns = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in self.layers_pattern] or [r".*?\.[^.]*\.(\d+)\."]
-        found = next((match for pattern in patterns if (match := re.match(pattern, module))), None)
+        if not self.layers_pattern:
+            found = _ANY_LAYER.match(module)
+        else:
+            ends = (end for pattern in self.layers_pattern for end in path_pattern(pattern).ends(module))
+            found = next((match for end in ends if (match := _NUMBER.match(module, end))), None)
         return int(found[1]) if found else None
 
     def tokens_of(self, module: str) -> tuple[int, ...] | None:
@@ -142,15 +148,20 @@ class PeftConfig:
 
 def pattern_key(patterns: Mapping[str, Any], module: str) -> str:
     """The first key of ``patterns`` that matches ``module`` by PEFT's rule, else ``module`` itself."""
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), module)
+    return next((key for key in patterns if path_pattern(key).tail(module)), module)
 
 
 def _selects(wanted: str | tuple[str, ...] | None, module: str) -> bool:
     if wanted is None or wanted == "":
         return False
     if isinstance(wanted, str):
-        return re.fullmatch(wanted, module) is not None
+        return path_pattern(wanted).whole(module)
     return module in wanted or any(module.endswith(f".{name}") for name in wanted)
+
+
+def _reaches(saved: str, module: str) -> bool:
+    """PEFT's ``(^|.*\\.)saved($|\\..*)``: the pattern matches ``module`` or a container of it, from the front or after a dot."""
+    return any(module[end : end + 1] in ("", ".") for end in path_pattern(saved).ends(module))
 
 
 def read_config(folder: Path) -> PeftConfig:

@@ -23,8 +23,10 @@ from qlora_tools.adapters.peft_config import PeftConfig, parse_config
 from qlora_tools.adapters.peft_files import WEIGHTS, Target, adapter_config, saved_key, write_config
 from qlora_tools.adapters.peft_keys import LORA, ORIGINAL, PREFIX, TOKENS, Key, parse_key
 from qlora_tools.adapters.portable import CONV, EMBEDDING, LINEAR, Layer, Portable
-from qlora_tools.checkpoint.writer import SafetensorsWriter
-from qlora_tools.errors import CorruptError, NonFiniteError, UnsupportedError, UsageError
+from qlora_tools.adapters.stored import Hints
+from qlora_tools.adapters.values import checked
+from qlora_tools.checkpoint.writer import write_tensors
+from qlora_tools.errors import CorruptError, UnsupportedError, UsageError
 from qlora_tools.models.family import Family
 from qlora_tools.names import shortened, split_tensor
 from qlora_tools.specs import TensorSpec, spec_of
@@ -67,21 +69,23 @@ def normalised(content: Any) -> tuple[Any, list[str]]:
     return content, notes
 
 
-def config_of_shapes(specs: Mapping[str, TensorSpec], alpha: float | None, where: str) -> dict[str, Any]:
+def config_of_shapes(specs: Mapping[str, TensorSpec], hints: Hints, where: str) -> dict[str, Any]:
     """A configuration for a raw state dict that came without one: ranks from the shapes, alpha as the caller says.
 
     Raises:
-        UsageError: no ``alpha``; no file of this kind stores it.
+        UsageError: no alpha, which no file of this kind stores; a rank that is not the tensors'.
     """
     parsed = {name: parse_key(name) for name in specs}
     ranks = {key.path: specs[name].shape[0] for name, key in parsed.items() if key.slot in ("A", "embedding_A") and specs[name].shape}
-    if alpha is None:
+    if hints.alpha is None:
         raise UsageError(
             f"{where} has no adapter_config.json, so its scale is not known", hint="give --alpha as it was in training (the scale is alpha / rank)"
         )
+    for module, rank in ranks.items():
+        hints.check_rank(module, rank)
     return {
         "r": max(ranks.values(), default=1),
-        "lora_alpha": alpha,
+        "lora_alpha": hints.alpha,
         "rank_pattern": {f"^{re.escape(module)}": rank for module, rank in ranks.items()},
         "target_modules": sorted(ranks),
         "use_dora": any(key.slot == "magnitude_vector" for key in parsed.values()),
@@ -109,8 +113,8 @@ def read(content: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], where:
         notes.append("grouped factors of PEFT 0.1 are written out as one block-diagonal B")
     return Portable(
         layers,
-        {path: _checked(tensors[key], key) for path, key in found.whole.items()},
-        {f"{module}.weight": (rows, _checked(tensors[key], key)) for module, (rows, key) in found.rows.items()},
+        {path: checked(key, tensors[key]) for path, key in found.whole.items()},
+        {f"{module}.weight": (rows, checked(key, tensors[key])) for module, (rows, key) in found.rows.items()},
         config.base_model,
         tuple(notes),
         inputs_first=config.fan_in_fan_out,
@@ -171,7 +175,7 @@ def _layer(module: str, slots: Mapping[str, str], tensors: Mapping[str, torch.Te
     others = slots.keys() - ({"embedding_A", "embedding_B", "magnitude_vector"} if embedding else {"A", "B", "B.bias", "magnitude_vector"})
     if a_key is None or b_key is None or others:
         raise CorruptError(f"{where}: `{module}` has {', '.join(sorted(slots))}: not one A and one B", hint="save the adapter again")
-    a, b, rank = _checked(tensors[a_key], a_key), _checked(tensors[b_key], b_key), config.rank_of(module)
+    a, b, rank = checked(a_key, tensors[a_key]), checked(b_key, tensors[b_key]), config.rank_of(module)
     if groups and b.ndim == 3 and isinstance(groups, list):
         a, b = _ungrouped(module, a, b, groups, rank, where)
         rank = a.shape[0]
@@ -182,21 +186,12 @@ def _layer(module: str, slots: Mapping[str, str], tensors: Mapping[str, torch.Te
             f"{where}: `{module}` has A {list(a.shape)} and B {list(b.shape)}, the configuration says rank {rank}", hint="save the adapter again with PEFT"
         )
     scale = config.alpha / config.rank if groups and a.shape[0] != config.rank else config.scale_of(module)
-    bias = _checked(tensors[slots["B.bias"]], slots["B.bias"]) if "B.bias" in slots else None
-    magnitude = _checked(tensors[slots["magnitude_vector"]], slots["magnitude_vector"]) if "magnitude_vector" in slots else None
+    bias = checked(slots["B.bias"], tensors[slots["B.bias"]]) if "B.bias" in slots else None
+    magnitude = checked(slots["magnitude_vector"], tensors[slots["magnitude_vector"]]) if "magnitude_vector" in slots else None
     for key, vector in (("B.bias", bias), ("magnitude_vector", magnitude)):
         if vector is not None and vector.numel() != b.shape[0]:
             raise CorruptError(f"{where}: `{slots[key]}` has {list(vector.shape)}, expected [{b.shape[0]}]", hint="save the adapter again")
     return Layer(a, b, scale, kind, None if bias is None else bias.to(_wide(bias)).reshape(-1) * scale, None if magnitude is None else magnitude.reshape(-1))
-
-
-def _checked(tensor: torch.Tensor, key: str) -> torch.Tensor:
-    """The tensor itself. Raises CorruptError when it is not floating point, NonFiniteError when it holds NaN or infinity."""
-    if not tensor.is_floating_point():
-        raise CorruptError(f"`{key}` is {tensor.dtype}, expected a floating-point tensor", hint="save the adapter again")
-    if not bool(torch.isfinite(tensor.float()).all()):
-        raise NonFiniteError(f"adapter tensor `{key}` holds NaN or infinity", hint="the training run diverged: use an earlier checkpoint")
-    return tensor
 
 
 def _ungrouped(module: str, a: torch.Tensor, b: torch.Tensor, groups: list[Any], rank: int, where: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -250,13 +245,7 @@ def content(portable: Portable, *, modules: Iterable[str] | None = None, task_ty
 
 def write(folder: Path, stored: PeftContent) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into ``folder``."""
-    writer = SafetensorsWriter(folder / WEIGHTS, [spec_of(key, value) for key, value in stored.tensors.items()])
-    try:
-        for key, value in stored.tensors.items():
-            writer.write(key, value)
-        writer.close()
-    finally:
-        writer.abort()
+    write_tensors(folder / WEIGHTS, stored.tensors)
     write_config(folder, stored.config)
 
 

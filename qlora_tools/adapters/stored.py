@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from qlora_tools.errors import UsageError
 from qlora_tools.specs import TensorSpec
 
 
@@ -28,10 +29,22 @@ class StoredAdapter:
 
 @dataclass(frozen=True)
 class Hints:
-    """What a file may not tell by itself: ``alpha`` (loralib stores none), the ``component`` wanted of several, and the base's
-    modules (path -> shape of the weight) and config.json."""
+    """What a file may not tell by itself: ``alpha`` (loralib stores none), the ``rank`` of training (a check on what the tensors
+    say), the ``component`` wanted of several, and the base's modules (path -> shape of the weight) and config.json."""
 
     alpha: float | None = None
+    rank: int | None = None
     component: str | None = None
     modules: Mapping[str, tuple[int, ...]] | None = None
     base_config: Mapping[str, Any] | None = None
+
+    def check_rank(self, module: str, found: int) -> None:
+        """Raise UsageError when the rank that was given is not the one that the factors of ``module`` have."""
+        if self.rank is not None and self.rank != found:
+            raise UsageError(
+                f"`{module}` has rank {found}, {self.rank} was given",
+                hint="leave --rank out if that is right; loralib's convolutions tell their rank only with --base",
+            )
+
+
+NO_HINTS = Hints()

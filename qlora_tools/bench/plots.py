@@ -9,26 +9,11 @@ from typing import Any
 from qlora_tools.bench.pareto import Point, decode_milliseconds, divergence_points, file_megabytes
 from qlora_tools.bench.record import BenchRecord
 from qlora_tools.bench.svg import place_labels
-
-_BLUE, _TEAL, _GREY, _INK = "#2a6fdb", "#1b9e8a", "#9a9992", "#1d1d1b"
-_STYLE = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": _GREY,
-    "axes.grid": True,
-    "grid.color": "#e5e4df",
-    "axes.axisbelow": True,
-    "svg.hashsalt": "qlt",
-}
+from qlora_tools.plot_style import BLUE, GREY, INK, TEAL, new_figure, png, styled
 
 
 def write_plots(record: BenchRecord, folder: Path, *, dpi: int = 200) -> list[Path]:
     """Write the plots that the record has data for into ``folder``; returns their paths. The same record gives the same bytes."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     painters: dict[str, Callable[[Any], bool]] = {
         "size-kl.png": lambda axes: _pareto(axes, divergence_points(record, file_megabytes), "file size (MB)"),
         "latency-kl.png": lambda axes: _pareto(axes, divergence_points(record, decode_milliseconds), "decode, median per token (ms)"),
@@ -38,12 +23,11 @@ def write_plots(record: BenchRecord, folder: Path, *, dpi: int = 200) -> list[Pa
         "singular-values.png": lambda axes: _decay(axes, record),
     }
     written = []
-    with rc_context(_STYLE):
+    with styled():
         for name, paint in painters.items():
-            figure = Figure(figsize=(5.2, 3.4), layout="constrained")
-            FigureCanvasAgg(figure)
+            figure = new_figure(5.2, 3.4)
             if paint(figure.add_subplot()):
-                figure.savefig(folder / name, dpi=dpi, metadata={"Software": None})
+                (folder / name).write_bytes(png(figure, dpi))
                 written.append(folder / name)
     return written
 
@@ -54,9 +38,9 @@ def _pareto(axes: Any, points: list[Point], x_title: str) -> bool:
     positive = [point.y for point in points if point.y > 0]
     axes.set_yscale("symlog", linthresh=max(min(positive) / 2, max(positive) / 1e5) if positive else 1e-6)
     front = [point for point in points if point.on_frontier]
-    axes.step([p.x for p in front], [p.y for p in front], where="post", color=_BLUE, alpha=0.5, linewidth=1.2)
+    axes.step([p.x for p in front], [p.y for p in front], where="post", color=BLUE, alpha=0.5, linewidth=1.2)
     for point in points:
-        colour = _BLUE if point.on_frontier else _GREY
+        colour = BLUE if point.on_frontier else GREY
         if point.interval:
             axes.vlines(point.x, *point.interval, color=colour, linewidth=1)
         axes.plot(point.x, point.y, "o", color=colour, markersize=5)
@@ -87,7 +71,7 @@ def _label_points(axes: Any, points: list[Point]) -> None:
             ha={"start": "left", "middle": "center", "end": "right"}[anchor],
             va="baseline",
             fontsize=8,
-            color=_INK if point.on_frontier else _GREY,
+            color=INK if point.on_frontier else GREY,
             path_effects=halo,
         )
 
@@ -97,9 +81,9 @@ def _timing(axes: Any, record: BenchRecord, field: str, title: str) -> bool:
     if not found:
         return False
     for i, (_, timing) in enumerate(found):
-        axes.barh(i, 1e3 * timing.p50_s, height=0.6, color=_BLUE)
+        axes.barh(i, 1e3 * timing.p50_s, height=0.6, color=BLUE)
         if timing.ci95_p50_s:
-            axes.hlines(i, *(1e3 * bound for bound in timing.ci95_p50_s), color=_INK, linewidth=1.4)
+            axes.hlines(i, *(1e3 * bound for bound in timing.ci95_p50_s), color=INK, linewidth=1.4)
     _name_bars(axes, [name for name, _ in found], title)
     return True
 
@@ -110,9 +94,9 @@ def _memory(axes: Any, record: BenchRecord) -> bool:
         return False
     for i, (_, memory) in enumerate(found):
         anon, file = (memory.anon_bytes or 0) / 1e6, (memory.file_bytes or 0) / 1e6
-        axes.barh(i, anon, height=0.6, color=_BLUE, label="anonymous" if i == 0 else None)
-        axes.barh(i, file, left=anon, height=0.6, color=_TEAL, label="file-backed" if i == 0 else None)
-        axes.vlines((memory.peak_bytes or 0) / 1e6, i - 0.4, i + 0.4, color=_INK, linewidth=1.6, label="peak" if i == 0 else None)
+        axes.barh(i, anon, height=0.6, color=BLUE, label="anonymous" if i == 0 else None)
+        axes.barh(i, file, left=anon, height=0.6, color=TEAL, label="file-backed" if i == 0 else None)
+        axes.vlines((memory.peak_bytes or 0) / 1e6, i - 0.4, i + 0.4, color=INK, linewidth=1.6, label="peak" if i == 0 else None)
     _name_bars(axes, [name for name, _ in found], "resident after the runs, and peak (MB)")
     axes.legend(frameon=False, fontsize=8, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
     return True
@@ -121,7 +105,7 @@ def _memory(axes: Any, record: BenchRecord) -> bool:
 def _decay(axes: Any, record: BenchRecord) -> bool:
     curves = [layer.singular_values for layer in record.layers if layer.singular_values and layer.singular_values[0] > 0]
     for values in curves:
-        axes.semilogy(range(1, len(values) + 1), [value / values[0] for value in values], color=_BLUE, alpha=0.35, linewidth=0.9)
+        axes.semilogy(range(1, len(values) + 1), [value / values[0] for value in values], color=BLUE, alpha=0.35, linewidth=0.9)
     axes.set_xlabel("index")
     axes.set_ylabel("singular value / largest")
     return bool(curves)

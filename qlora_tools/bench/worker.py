@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_tools.bench.engine import Engine, locate
-from qlora_tools.bench.memory import read_memory, reset_peak
 from qlora_tools.errors import UnsupportedError
+from qlora_tools.process_memory import read_memory, reset_peak
 
 EXIT_CODES = {"ok": 0, "error": 1, "oom": 3, "unsupported": 8}
 LATENCY = "latency"

@@ -90,6 +90,35 @@ def explained_disk_errors(path: Path) -> Iterator[None]:
         raise StorageError(f"writing {path} failed: {error.strerror}", hint=hint) from error
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Write ``content`` beside ``path``, sync it, and put it in its place: a reader finds the old file or the new one, whole.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with explained_disk_errors(path):
+        try:
+            beside.write_bytes(content)
+            sync(beside)
+            beside.replace(path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _is_empty_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
 
@@ -103,7 +132,7 @@ def _commit(partial: Path, dest: Path, force: bool) -> None:
         if not force:
             raise OutputExistsError(f"{dest} was made by someone else meanwhile", hint="run again with another -o") from error
         _replace(partial, dest)
-    _sync(dest.parent)
+    sync(dest.parent)
 
 
 def _replace(partial: Path, dest: Path) -> None:
@@ -125,15 +154,5 @@ def _exchange(first: Path, second: Path) -> bool:
 def _sync_tree(folder: Path) -> None:
     for root, _, files in os.walk(folder):
         for name in files:
-            _sync(Path(root, name))
-        _sync(Path(root))
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            sync(Path(root, name))
+        sync(Path(root))

@@ -65,6 +65,17 @@ class SafetensorsWriter:
             self._descriptor = -1
 
 
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] = _FORMAT) -> None:
+    """One file of tensors that are all at hand. Whatever fails, the file is closed; removing it is left to the folder's owner."""
+    writer = SafetensorsWriter(path, [spec_of(name, tensor) for name, tensor in tensors.items()], metadata)
+    try:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+        writer.close()
+    finally:
+        writer.abort()
+
+
 class CheckpointWriter:
     """A checkpoint's weights: ``model.safetensors``, or shards of at most ``max_shard_bytes`` and an index."""
 

@@ -1,27 +1,26 @@
 """Real text that is already on every machine with a full Python: the standard library's source and the language reference.
 
 Two domains. *Code* is the library's own modules; *prose* is the text behind ``help("keywords")``, stored in
-``pydoc_data.topics``. Each is split into training and held-out documents by a hash of the document's name, so
+``pydoc_data.topics``. Code is split into training and held-out documents by a hash of the document's name, so
 that the split does not depend on the order of a folder listing and a file keeps its side from one patch
-release to the next. Tests, vendored packages and data tables in Python syntax are left out: they are large,
-repetitive and not programs.
+release to the next; prose is split as every other measurement on it is (``quality/corpus.py``). Tests, vendored
+packages and data tables in Python syntax are left out: they are large, repetitive and not programs.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_tools.errors import MissingError
+from qlora_tools.quality.corpus import held_out_topics, reference_topics
 
 _SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data", "encodings", "ensurepip", "lib2to3"})
 _BUILD_CONFIG = "_sysconfigdata"  # generated when Python was compiled: paths of that machine, no program
 _HELDOUT_CODE = 0.06
-_HELDOUT_PROSE = 0.12
 _MIN_BYTES = {"code": 2_000_000, "prose": 100_000}
 _HINT = (
     "install Python from python.org, a distribution's full package (Debian: libpython3-stdlib) or conda, or run the demo on a pair of your own: "
@@ -87,25 +86,22 @@ def code_corpus(stdlib: Path | None = None) -> Corpus:
     return _corpus("code", documents, heldout, skipped)
 
 
-def prose_corpus(topics: dict[str, str] | None = None) -> Corpus:
+def prose_corpus(topics: Mapping[str, str] | None = None) -> Corpus:
     """The language reference as ``help()`` shows it, about 370 kB; a paragraph that several topics repeat is kept once.
 
-    ``topics`` maps a topic to its text (default: ``pydoc_data.topics``). Topics differ in size by a factor of a
-    thousand, so held-out ones are taken in hash order until their share of the bytes is reached.
+    ``topics`` maps a topic to its text (default: ``pydoc_data.topics``). Held-out ones are those of
+    :func:`~qlora_tools.quality.corpus.held_out_topics`, so that ``qlt eval`` judges a model of the demo on nothing it learnt.
 
     Raises:
         MissingError: this Python comes without ``pydoc_data``.
     """
-    documents = _without_repeats(_installed_topics() if topics is None else topics)
+    try:
+        found = reference_topics() if topics is None else topics
+    except MissingError as error:
+        raise MissingError(str(error), hint=_HINT) from error
+    documents = _without_repeats(found)
     _require("prose", documents, "the language reference (pydoc_data.topics) of this Python is empty")
-    room = _HELDOUT_PROSE * _bytes(documents)
-    heldout = set()
-    for document in sorted(documents, key=lambda document: _fraction(document.name)):
-        size = len(document.text.encode())
-        if size <= room:
-            heldout.add(document.name)
-            room -= size
-    return _corpus("prose", documents, heldout)
+    return _corpus("prose", documents, held_out_topics(found))
 
 
 def joined(documents: Iterable[Document]) -> str:
@@ -113,15 +109,7 @@ def joined(documents: Iterable[Document]) -> str:
     return "\n\n".join(document.text.strip("\n") for document in documents) + "\n"
 
 
-def _installed_topics() -> dict[str, str]:
-    try:
-        module = importlib.import_module("pydoc_data.topics")
-    except ImportError as error:
-        raise MissingError("this Python has no language reference (module pydoc_data.topics)", hint=_HINT) from error
-    return dict(module.topics)
-
-
-def _without_repeats(topics: dict[str, str]) -> list[Document]:
+def _without_repeats(topics: Mapping[str, str]) -> list[Document]:
     """One document per topic that still says something new; the longest topics, which quote the others, go first."""
     seen: set[str] = set()
     documents = []
@@ -134,7 +122,7 @@ def _without_repeats(topics: dict[str, str]) -> list[Document]:
     return documents
 
 
-def _corpus(domain: str, documents: list[Document], heldout: set[str], skipped: Iterable[str] = ()) -> Corpus:
+def _corpus(domain: str, documents: list[Document], heldout: Collection[str], skipped: Iterable[str] = ()) -> Corpus:
     ordered = sorted(documents, key=lambda document: document.name)
     return Corpus(
         domain,

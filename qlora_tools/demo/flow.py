@@ -23,7 +23,7 @@ from qlora_tools.training.config import TrainConfig
 from qlora_tools.verbs.bench import BenchResult, bench, layers_of
 from qlora_tools.verbs.export import ExportResult, export
 from qlora_tools.verbs.extract import ExtractResult, extract
-from qlora_tools.verbs.merge import MergeResult, merge
+from qlora_tools.verbs.merge import MergeConfig, MergeResult, merge
 from qlora_tools.verbs.quantize import QuantizeResult, quantize
 from qlora_tools.verbs.train import TrainResult, train
 
@@ -91,7 +91,10 @@ def demo(
     pairs = [(adapter, 1.0)]
     merged = step("merge", merge(base=base, adapters=pairs, output=folder / "merged", **common))
     requantized = step("merge to NF4", merge(base=base, adapters=pairs, scheme="nf4", output=folder / "merged-nf4", **common))
-    on_grid = step("merge onto the NF4 grid", merge(base=base_nf4, adapters=pairs, scheme="nf4", output=folder / "merged-on-grid-nf4", **common))
+    erasing = MergeConfig(method="requant", anyway=True)
+    on_grid = step(
+        "merge onto the NF4 grid", merge(base=base_nf4, adapters=pairs, scheme="nf4", config=erasing, output=folder / "merged-on-grid-nf4", **common)
+    )
     trained = step("train a LoRA", _train(pair, folder, common)) if pair is not None else None
     exported = tuple(
         step(f"export {scheme}", export(base=base, adapters=pairs, scheme=scheme, output=folder / f"onnx-{scheme}", **common)) for scheme in EXPORTS
@@ -125,5 +128,5 @@ def _train(pair: Pair, folder: Path, common: dict[str, Any]) -> TrainResult:
     )
     adapter = folder / f"adapter-trained-r{_TRAINED_RANK}"
     trained = train(base=pair.base, data=pair.prose, config=config, output=adapter, **common)
-    merge(base=pair.base, adapters=[(adapter, 1.0)], onto="dequantized", output=folder / _TRAINED, **common)
+    merge(base=pair.base, adapters=[(adapter, 1.0)], config=MergeConfig(target="trained"), output=folder / _TRAINED, **common)
     return trained

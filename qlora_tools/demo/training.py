@@ -23,6 +23,7 @@ from qlora_tools.demo.optimizer import optimizer_jobs
 from qlora_tools.engine.run import single_threaded_blas
 from qlora_tools.errors import NonFiniteError, UsageError
 from qlora_tools.progress import SILENT, Progress
+from qlora_tools.quant.floats import native_dtype
 
 _MAX_GRAD_NORM = 1.0
 _SMOOTHING = 0.95
@@ -65,13 +66,6 @@ class Schedule:
         return min((step + 1) / ramp, (self.steps - step) / max(1, self.steps - ramp), 1.0)
 
 
-def compute_dtype() -> torch.dtype:
-    """bf16 where this processor has instructions for it (AMX, AVX512-BF16, Arm bf16), else fp32."""
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    native = any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16", "arm_bf16"))
-    return torch.bfloat16 if native else torch.float32
-
-
 def train(model: Any, ids: Sequence[int], schedule: Schedule, *, seed: int, title: str, progress: Progress = SILENT, dtype: torch.dtype | None = None) -> float:
     """Train the causal language model ``model`` in place on the token stream ``ids``; leaves it in fp32.
 
@@ -80,7 +74,7 @@ def train(model: Any, ids: Sequence[int], schedule: Schedule, *, seed: int, titl
     Raises:
         UsageError: fewer tokens than one window. NonFiniteError: the loss stopped being a number.
     """
-    dtype = dtype or compute_dtype()
+    dtype = dtype or native_dtype()
     tokens = torch.as_tensor(ids, dtype=torch.long)
     if tokens.numel() < schedule.context + 1:
         raise UsageError(f"{tokens.numel()} tokens of training text, one window needs {schedule.context + 1}")

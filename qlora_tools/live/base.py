@@ -30,11 +30,9 @@ from qlora_tools.errors import IncompatibleError, UnsupportedError
 from qlora_tools.live.frozen import StoredWeight, can_freeze, freeze_layer
 from qlora_tools.names import shortened
 from qlora_tools.progress import SILENT, Progress
-from qlora_tools.quant.codec import Codec, Stored
+from qlora_tools.quant.codec import MIN_ELEMENTS, Codec, Stored
 from qlora_tools.specs import TensorSpec, dtype_of, spec_of
 
-#: Weights smaller than this stay dense: quantizing them saves nothing.
-MIN_ELEMENTS = 1024
 _READERS = 2
 _CLASSES = {"language": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification, "image": AutoModelForImageClassification}
 
@@ -117,7 +115,7 @@ def load_base(
     _refuse_other_codec(checkpoint, codec)
     labels = tuple(labels)
     model = build_empty(checkpoint, task, labels, dtype)
-    names = _names(model, checkpoint)
+    names = tensor_names(model, checkpoint)
     fresh = _fresh_heads(model, checkpoint, names, resized=bool(labels)) if task != "language" else []
     unknown = [name for name, stored in names.items() if stored is None and _module_of(name) not in fresh]
     if unknown and checkpoint.quantized:
@@ -147,7 +145,7 @@ def _refuse_other_codec(checkpoint: LogicalCheckpoint, codec: Codec | None) -> N
         )
 
 
-def _names(model: Any, checkpoint: LogicalCheckpoint) -> dict[str, str | None]:
+def tensor_names(model: Any, checkpoint: LogicalCheckpoint) -> dict[str, str | None]:
     """Parameter or persistent buffer of ``model`` -> tensor of the checkpoint, ``None`` where there is none. A tied one may lie under either name."""
     buffers = dict(model.named_buffers())
     wanted = [name for name, _ in model.named_parameters()] + [name for name in model.state_dict() if name in buffers]

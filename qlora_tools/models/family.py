@@ -86,10 +86,13 @@ class Family:
         module, leaf = split_tensor(tensor_name)
         return leaf == "weight" and len(shape) == 2 and self.role(module) in _ADAPTABLE
 
+    def is_tied(self, config: Mapping[str, Any]) -> bool:
+        """Whether the model's head and embedding are one weight, as this config has it."""
+        return bool(config.get("tie_word_embeddings", self.tied_default))
+
     def ties(self, config: Mapping[str, Any]) -> dict[str, str]:
         """Tied tensor name -> the name of the tensor that holds its values, as this config has it."""
-        tie = config.get("tie_word_embeddings", self.tied_default)
-        return {f"{module}.weight": f"{owner}.weight" for module, owner in self.tied.items()} if tie else {}
+        return {f"{module}.weight": f"{owner}.weight" for module, owner in self.tied.items()} if self.is_tied(config) else {}
 
     def live_names(self, config: Mapping[str, Any], stored: Container[str]) -> Callable[[str], str]:
         """How a module path or tensor name of a checkpoint is called in the live model, ``stored`` being the checkpoint's tensors.

@@ -12,7 +12,8 @@ Axes: T positions of a window.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_tools.errors import UsageError
+from qlora_tools.errors import MissingError, UsageError
 from qlora_tools.live.tokenizer import read_utf8
 
 Ids = NDArray[np.int64]
@@ -142,18 +143,39 @@ def python_reference(part: str = "heldout") -> Corpus:
     """The language reference inside this Python: ``heldout`` (about an eighth), ``train`` (the rest) or ``all``.
 
     The text follows the Python version; its sha256 is in every report, so two runs can be told apart.
+
+    Raises:
+        UsageError: no such part. MissingError: see :func:`reference_topics`.
     """
     if part not in PARTS:
         raise UsageError(f"part {part!r} of the language reference: expected one of {', '.join(PARTS)}")
-    chosen = [(topic, text) for topic, text, held_out in _reference_topics() if part == "all" or held_out == (part == "heldout")]
-    return Corpus(f"python-reference-{part}", "\n\n".join(text.strip() for _, text in chosen) + "\n")
+    topics = reference_topics()
+    held_out = _held_out_of_installed()
+    chosen = [text for topic, text in sorted(topics.items()) if part == "all" or (topic in held_out) == (part == "heldout")]
+    return Corpus(f"python-reference-{part}", "\n\n".join(text.strip() for text in chosen) + "\n")
+
+
+def reference_topics() -> Mapping[str, str]:
+    """Topic -> text of the language reference inside this Python.
+
+    Raises:
+        MissingError: this Python comes without it.
+    """
+    try:
+        module = importlib.import_module("pydoc_data.topics")
+    except ImportError as error:
+        raise MissingError("this Python has no language reference (module pydoc_data.topics)", hint="give a text of your own, or use a full Python") from error
+    topics: Mapping[str, str] = module.topics
+    return topics
 
 
 @lru_cache(maxsize=1)
-def _reference_topics() -> tuple[tuple[str, str, bool], ...]:
-    """(topic, text, held out), by topic. Groups in the order of their hash fill the held-out share; one above it is skipped."""
-    from pydoc_data.topics import topics
+def _held_out_of_installed() -> frozenset[str]:
+    return held_out_topics(reference_topics())
 
+
+def held_out_topics(topics: Mapping[str, str]) -> frozenset[str]:
+    """The topics to judge on. Groups in the order of their hash fill the held-out share; one above it is skipped."""
     groups = _groups_sharing_text(topics)
     budget = _HELD_OUT_SHARE * sum(map(len, topics.values()))
     held_out: set[str] = set()
@@ -163,10 +185,10 @@ def _reference_topics() -> tuple[tuple[str, str, bool], ...]:
         if size + weight <= budget:
             held_out.update(group)
             size += weight
-    return tuple((name, topics[name], name in held_out) for name in sorted(topics))
+    return frozenset(held_out)
 
 
-def _groups_sharing_text(topics: dict[str, str]) -> list[list[str]]:
+def _groups_sharing_text(topics: Mapping[str, str]) -> list[list[str]]:
     """Topics joined whenever they hold the same paragraph; each group sorted."""
     leader = {name: name for name in topics}
 

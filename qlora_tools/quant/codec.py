@@ -21,6 +21,9 @@ from qlora_tools.quant.nf4 import NF4, STATE_SUFFIX
 from qlora_tools.quant.quant_state import MAX_STATE_BYTES, QuantState, read_state
 from qlora_tools.specs import TensorSpec
 
+#: Weights smaller than this stay dense, whatever their role: quantizing them saves nothing.
+MIN_ELEMENTS = 1024
+
 
 class Codec(Protocol):
     """One storage format. ``encode`` and ``decode`` leave their inputs untouched; any thread may call them."""

@@ -1,9 +1,10 @@
-"""Floats as the kernels take them: bit patterns, tiles, worker threads."""
+"""Floats as the kernels take them: bit patterns, tiles, worker threads, and which 16-bit ones this processor multiplies."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,12 @@ from qlora_tools.quant import kernels
 TILE_ELEMENTS = 1 << 20  # tiles of fp32 scratch stay inside a core's cache
 
 _KINDS = {torch.bfloat16: kernels.BF16, torch.float16: kernels.FP16, torch.float32: kernels.FP32}
+
+
+def native_dtype() -> torch.dtype:
+    """bf16 where this processor has instructions for it (AMX, AVX512-BF16, Arm bf16), else fp32: emulated bf16 is slower than fp32."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return torch.bfloat16 if any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16", "arm_bf16")) else torch.float32
 
 
 def bit_patterns(tensor: torch.Tensor) -> tuple[np.ndarray, int]:

@@ -2,7 +2,7 @@
 
 glibc keeps freed blocks of up to 32 MB in its heap, and what loading and the forward pass free lies in holes between what they keep: a
 run's heap grows to twice what lives at any time. Taking large blocks straight from the kernel (a low ``M_MMAP_THRESHOLD``) keeps the peak lowest,
-but the kernel must then clear every page of every temporary, which costs as much time as the step itself. Giving back the holes
+but the kernel must then clear every page of every temporary, which adds about half to the time of a step. Giving back the holes
 once a step, when the forward pass is done, costs a few per cent and takes off most of the waste.
 """
 
@@ -16,6 +16,9 @@ from pathlib import Path
 
 import torch
 
+from qlora_tools.process_memory import counters
+
+_STATUS, _MACHINE = Path("/proc/self/status"), Path("/proc/meminfo")
 #: Between two visits to the heap: a run of short steps is a small one and needs none.
 _LEAST_SECONDS = 0.2
 
@@ -41,7 +44,7 @@ def peak_bytes(device: str) -> int:
     """The peak so far: of the device's allocator on CUDA, else of the whole process."""
     if device.startswith("cuda"):
         return int(torch.cuda.max_memory_allocated(device))
-    if (found := _kilobytes("/proc/self/status", "VmHWM:")) is not None:
+    if (found := counters(_STATUS).get("VmHWM")) is not None:
         return found
     if sys.platform == "win32":
         return 0
@@ -52,14 +55,14 @@ def peak_bytes(device: str) -> int:
 
 def resident_bytes() -> int:
     """What this process holds in memory now; 0 where the system does not say."""
-    return _kilobytes("/proc/self/status", "VmRSS:") or 0
+    return counters(_STATUS).get("VmRSS", 0)
 
 
 def available_bytes(device: str) -> int:
     """What a run may take: free memory of the device, or of the machine, and of the container where it has a limit of its own."""
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(device)[0])
-    if (found := _kilobytes("/proc/meminfo", "MemAvailable:")) is not None:
+    if (found := counters(_MACHINE).get("MemAvailable")) is not None:
         return min(found, container_bytes())
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 1 << 62
 
@@ -72,12 +75,3 @@ def container_bytes(folder: Path = Path("/sys/fs/cgroup")) -> int:
         return 1 << 62 if limit == "max" else max(0, int(limit) - held + cached)
     except (OSError, ValueError, IndexError):  # no such group, or one of another make
         return 1 << 62
-
-
-def _kilobytes(path: str, field: str) -> int | None:
-    """The value in bytes of one line of a file that Linux keeps; ``None`` on other systems."""
-    try:
-        lines = Path(path).read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), None)

@@ -13,6 +13,7 @@ Left out: memory that is needed only while the base is loaded (one dense tensor 
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,9 +25,10 @@ import torch
 from torch import nn
 
 from qlora_tools.checkpoint.logical import LogicalCheckpoint
-from qlora_tools.live.base import MIN_ELEMENTS, build_empty
-from qlora_tools.live.frozen import StoredWeight, can_freeze, freeze_layer
+from qlora_tools.live.base import build_empty, freezes
+from qlora_tools.live.frozen import StoredWeight, freeze_layer
 from qlora_tools.lowrank.factors import LowRank
+from qlora_tools.progress import SILENT, Progress
 from qlora_tools.quant.codec import Codec
 from qlora_tools.quant.floats import TILE_ELEMENTS
 from qlora_tools.specs import TensorSpec, dtype_of
@@ -47,6 +49,8 @@ _SLACK_BYTES = {"cpu": 24 << 20, "cuda": 32 << 20}
 _FACTOR_COPIES = {"cpu": 2, "cuda": 0}
 #: A run that is estimated above this share of what is free gets gradient checkpointing.
 _FILL = 0.85
+#: How long a user who ran out of memory waits for the next idea.
+_PATIENCE_SECONDS = 20.0
 #: bitsandbytes keeps moments of smaller tensors in fp32, and one fp32 maximum for each block of 256 values of the others.
 _LEAST_8BIT, _BLOCK_8BIT = 4096, 256
 
@@ -80,10 +84,13 @@ class Estimate:
         """(part, bytes) of every part that takes any."""
         return [(name, size) for name, size in self.parts if size]
 
-    def alternatives(self) -> list[tuple[str, int]]:
-        """(change, total bytes with it) of what needs less than this, least first. Each is traced like the run itself."""
+    def alternatives(self, progress: Progress = SILENT) -> list[tuple[str, int]]:
+        """(change, total bytes with it) of what needs less than this, least first. Each is traced like the run itself.
+
+        Large models take seconds for each: after :data:`_PATIENCE_SECONDS` no further one is begun.
+        """
         estimator: Estimator | None = self._estimator  # type: ignore[attr-defined]
-        return estimator.less_than(self) if estimator is not None else []
+        return estimator.less_than(self, progress) if estimator is not None else []
 
 
 @dataclass(frozen=True)
@@ -125,7 +132,7 @@ class Estimator:
         """What the process holds besides the run, on the CPU. Looked up after the first trace, whose own imports stay."""
         return 0 if self.device.startswith("cuda") else resident_bytes()
 
-    def less_than(self, found: Estimate) -> list[tuple[str, int]]:
+    def less_than(self, found: Estimate, progress: Progress = SILENT) -> list[tuple[str, int]]:
         """See :meth:`Estimate.alternatives`."""
         config, batch, checkpointing = self.config, self.batch, found.checkpointing
         tried: list[tuple[str, TrainConfig, Batch, bool]] = []
@@ -142,7 +149,13 @@ class Estimator:
             tried.append(("--nf4", replace(config, base_format="nf4"), batch, checkpointing))
         if self.device.startswith("cuda") and config.optim == "adamw":
             tried.append(("--optim adamw8bit", replace(config, optim="adamw8bit"), batch, checkpointing))
-        sizes = [(words, self._traced(other, rows, checked).total_bytes) for words, other, rows, checked in tried]
+        sizes: list[tuple[str, int]] = []
+        began = time.monotonic()
+        with progress.task("what would need less", len(tried), "estimates") as task:
+            for words, other, rows, checked in tried:
+                if time.monotonic() - began < _PATIENCE_SECONDS:
+                    sizes.append((words, self._traced(other, rows, checked).total_bytes))
+                task.advance(1, words)
         return sorted((pair for pair in sizes if pair[1] < found.total_bytes), key=lambda pair: pair[1])
 
 
@@ -175,11 +188,11 @@ def estimator(
 
 def empty_base(checkpoint: LogicalCheckpoint, task: str, codec: Codec | None, dtype: torch.dtype, labels: tuple[str, ...] = ()) -> nn.Module:
     """The frozen base as ``load_base`` makes it, on ``meta``: linears in the codec's parts, the rest in ``dtype``."""
-    model: nn.Module = build_empty(checkpoint, task, labels)
+    model: nn.Module = build_empty(checkpoint, task, labels, dtype)
     for path, module in list(model.named_modules()):
-        if can_freeze(module) and checkpoint.family.role(path) not in ("embedding", "head", "norm") and module.weight.numel() >= MIN_ELEMENTS:  # type: ignore[operator, union-attr]
+        if freezes(checkpoint, path, module):
             model.set_submodule(path, freeze_layer(module, _empty_weight(path, module, codec, dtype), _empty_bias(module, dtype)))
-    for module in model.modules():
+    for module in model.modules():  # what a class keeps in fp32 by itself is loaded in `dtype` too
         for parameter in module._parameters.values():
             if parameter is not None and parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)

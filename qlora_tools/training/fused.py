@@ -4,7 +4,7 @@
   the layer's neighbours keep anyway, and ``h`` [T, R].
 * A gated feed-forward, ``down(silu(gate(x)) * up(x))``: on CUDA kept are ``x`` and the outputs of gate and up, and the activation and the product are
   made again in the backward. On the CPU, where memory is measured by what the heap has ever held, only ``x`` is kept, and gate and up are made again
-  too: a tenth more products for a quarter less memory.
+  too: about 9 % more CPU time and 1.66 instead of 1.93 GB for a 110 M model on 4 x 512 tokens.
 * RMSNorm: kept is its bf16 input instead of two fp32 copies of it; on the CPU in groups of tokens too.
 
 Everything else stays as transformers and PEFT compute it. A module is taken over only where a probe shows that the fused form gives what the module

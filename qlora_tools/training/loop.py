@@ -99,12 +99,12 @@ def train(run: Run, progress: Progress = SILENT) -> str:
             run.listen(record)
             task.advance(1, f"loss {record.loss:.3f}  lr {record.lr:.2g}  |g| {record.grad_norm:.2g}  {record.tokens_per_s:,.0f} tok/s")
             at_end = run.progressed.step == run.steps
-            if run.held_out is not None and (at_end or run.progressed.step % run.eval_every == 0):
-                _evaluate(run)
-            if run.sample and (at_end or run.progressed.step % run.eval_every == 0):
+            judged = at_end or run.progressed.step % run.eval_every == 0
+            best = judged and run.held_out is not None and _evaluate(run)
+            if judged and run.sample:
                 _show_samples(run)
             stopping = run.world.any(interrupted())
-            if stopping or at_end or _gave_up(run) or run.progressed.step % run.save_every == 0:
+            if best or stopping or at_end or _gave_up(run) or run.progressed.step % run.save_every == 0:
                 _save(run)
             if stopping and not at_end and not _gave_up(run):
                 return "interrupted"
@@ -183,18 +183,22 @@ def grow(run: Run) -> None:
     rank = run.growth.get(run.progressed.step)
     if rank is None or rank == run.rank:
         return
-    mapping = widen(run.model, rank, run.config.seed)
     states = {name: dict(run.optimizer.state.get(value, {})) for name, value in run.masters.values.items()}
     old = run.masters
-    run.masters = Masters(mapping)
+    _widen(run, rank)
     for name, value in run.masters.values.items():
         before = old.values[name]
         with torch.no_grad():  # the masters keep what bf16 rounded away
             value[tuple(slice(0, extent) for extent in before.shape)] = before
-    run.optimizer = make_optimizer(run.masters, run.config)
     for name, state in states.items():
         if state:
             run.optimizer.state[run.masters.values[name]] = pad_state(state, run.masters.values[name].shape)
+
+
+def _widen(run: Run, rank: int) -> None:
+    """The adapter at ``rank``, with masters that are copies of it and an optimizer that knows nothing yet."""
+    run.masters = Masters(widen(run.model, rank, run.config.seed))
+    run.optimizer = make_optimizer(run.masters, run.config)
     run.rank = rank
 
 
@@ -218,7 +222,8 @@ def evaluate(run: Run, rows: Rows) -> tuple[float, float | None]:
     return total / max(1.0, count), correct_sum / max(1.0, count) if counted else None
 
 
-def _evaluate(run: Run) -> None:
+def _evaluate(run: Run) -> bool:
+    """Judge the adapter on the held-out rows; whether it is the best so far."""
     assert run.held_out is not None
     loss, accuracy = evaluate(run, run.held_out)
     state = run.progressed
@@ -230,8 +235,7 @@ def _evaluate(run: Run) -> None:
     else:
         state.stale += 1
     run.listen(events.Evaluation(state.step, loss, best, accuracy))
-    if best and state.step % run.save_every != 0:
-        _save(run)
+    return best
 
 
 def _show_samples(run: Run) -> None:
@@ -255,9 +259,7 @@ def restore(run: Run, path: Path) -> None:
     run.progressed = progressed
     reached = [rank for step, rank in sorted(run.growth.items()) if step < progressed.step]
     if reached and reached[-1] != run.rank:
-        run.masters = Masters(widen(run.model, reached[-1], run.config.seed))
-        run.optimizer = make_optimizer(run.masters, run.config)
-        run.rank = reached[-1]
+        _widen(run, reached[-1])
     adopt(run.masters, tensors)
     states = {key.removeprefix("optimizer/"): value for key, value in tensors.items() if key.startswith("optimizer/")}
     import_state(run.optimizer, states, plain, run.masters)

@@ -32,8 +32,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers.pytorch_utils import Conv1D
 
-from qlora_tools.adapters.peft_files import WEIGHTS, Target, adapter_config, write_config
-from qlora_tools.checkpoint.writer import SafetensorsWriter
+from qlora_tools.adapters import portable_peft
+from qlora_tools.adapters.peft_files import Target, adapter_config
 from qlora_tools.engine.run import single_threaded_blas
 from qlora_tools.errors import UnsupportedError, UsageError
 from qlora_tools.live.frozen import FrozenConv1D, FrozenConv2d, FrozenLinear, StoredWeight, can_freeze, freeze_layer, outlines
@@ -354,12 +354,4 @@ def _round(alpha: float) -> int | float:
 
 def save_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into an existing folder; the same content gives the same bytes."""
-    writer = SafetensorsWriter(folder / WEIGHTS, [spec_of(key, tensor) for key, tensor in tensors.items()])
-    try:
-        for key, tensor in tensors.items():
-            writer.write(key, tensor)
-    except BaseException:
-        writer.abort()
-        raise
-    writer.close()
-    write_config(folder, config)
+    portable_peft.write(folder, portable_peft.PeftContent(config, tensors))

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import MISSING, fields
 from functools import cache
 from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn, TextIO, get_args, get_type_hints
 
-from qlora_tools.checkpoint.folder import explained_disk_errors
+from qlora_tools.checkpoint.folder import explained_disk_errors, replace_file
 from qlora_tools.errors import CorruptError, MissingError
 from qlora_tools.training.events import Evaluation, Event, Sample, Saved, Started, Step
 
@@ -59,13 +58,8 @@ class MetricsLog:
 
     def _rewrite(self, lines: list[str]) -> TextIO:
         """Replace the file by ``lines`` at once and leave it open for appending."""
-        beside = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
+        replace_file(self._path, "".join(line + "\n" for line in lines).encode())
         with explained_disk_errors(self._path):
-            with beside.open("w", encoding="utf-8", newline="\n") as file:
-                file.writelines(line + "\n" for line in lines)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(self._path)
             return self._path.open("a", encoding="utf-8", newline="\n")
 
 

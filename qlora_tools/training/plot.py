@@ -1,12 +1,10 @@
 """The course of a run, or of several side by side, as a PNG: losses above, the learning rate below.
 
-Drawn with matplotlib's object interface, so no window system is touched and no global figure is left behind; the file holds
-no date and no version, so equal metrics give equal bytes. Left out: reading the metrics (``metrics.py``).
+Equal metrics give equal bytes. Left out: reading the metrics (``metrics.py``), and what all drawings share (``plot_style.py``).
 """
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,21 +12,10 @@ from typing import Any
 
 from qlora_tools.checkpoint.folder import explained_disk_errors
 from qlora_tools.errors import UsageError
+from qlora_tools.plot_style import COLOURS, INK, new_figure, png, styled
 from qlora_tools.training.events import Evaluation, Event, Step
 
 FILE_NAME = "loss.png"
-_COLOURS = ("#2a6fdb", "#c2571a", "#1b9e8a", "#8a4fbf", "#b8860b", "#d0457e")
-_GREY, _INK = "#9a9992", "#1d1d1b"
-_STYLE = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": _GREY,
-    "axes.grid": True,
-    "grid.color": "#e5e4df",
-    "axes.axisbelow": True,
-    "agg.path.chunksize": 10_000,  # a long noisy line overflows the renderer in one piece
-}
 #: The smoothed line looks back over about this share of the run.
 _SMOOTHED_SHARE = 0.04
 
@@ -39,17 +26,12 @@ def plot_loss(metrics: Sequence[Event] | Mapping[str, Sequence[Event]], path: Pa
     Raises:
         UsageError: a run holds no step. StorageError: the disk refused.
     """
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     runs = dict(metrics) if isinstance(metrics, Mapping) else {"": metrics}
     empty = [name for name, events in runs.items() if not any(isinstance(event, Step) for event in events)]
     if empty or not runs:
         raise UsageError(f"no step to draw{f' in {empty[0]}' if empty and empty[0] else ''}", hint="the run ended before its first step")
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-        FigureCanvasAgg(figure)
+    with styled():
+        figure = new_figure(6.4, 4.2)
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
         for (name, events), colour in zip(runs.items(), _cycled(len(runs)), strict=True):
             _draw(upper, lower, name, events, colour, alone=len(runs) == 1)
@@ -60,10 +42,9 @@ def plot_loss(metrics: Sequence[Event] | Mapping[str, Sequence[Event]], path: Pa
         lower.set_ylim(bottom=0)
         lower.set_xlabel("step")
         lower.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-        image = io.BytesIO()
-        figure.savefig(image, format="png", dpi=dpi, metadata={"Software": None})
+        image = png(figure, dpi)
     with explained_disk_errors(path):
-        path.write_bytes(image.getvalue())
+        path.write_bytes(image)
     return path
 
 
@@ -86,7 +67,7 @@ def _draw(upper: Any, lower: Any, name: str, events: Sequence[Event], colour: st
     upper.plot(x, losses, color=colour, alpha=0.25, linewidth=0.8)
     upper.plot(x, smoothed(losses, _SMOOTHED_SHARE * len(x)), color=colour, linewidth=1.6, label="training, smoothed" if alone else name)
     if judged:
-        mark = _INK if alone else colour
+        mark = INK if alone else colour
         upper.plot(
             [event.step for event in judged],
             [event.loss for event in judged],
@@ -125,4 +106,4 @@ def _gap(value: float) -> float:
 
 
 def _cycled(count: int) -> list[str]:
-    return [_COLOURS[position % len(_COLOURS)] for position in range(count)]
+    return [COLOURS[position % len(COLOURS)] for position in range(count)]

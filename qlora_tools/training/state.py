@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import re
 import shutil
@@ -22,12 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from qlora_tools.checkpoint.folder import replace_file, sync
 from qlora_tools.checkpoint.reader import read_json
 from qlora_tools.checkpoint.safetensors_file import SafetensorsFile
-from qlora_tools.checkpoint.writer import SafetensorsWriter
+from qlora_tools.checkpoint.writer import write_tensors
 from qlora_tools.errors import CorruptError, IncompatibleError, MissingError
 from qlora_tools.manifest import canonical_json
-from qlora_tools.specs import spec_of
 
 RUN = "run.json"
 TENSORS, STATE = "state.safetensors", "state.json"
@@ -100,17 +99,13 @@ def save_state(folder: Path, tensors: Mapping[str, torch.Tensor], plain: Mapping
     partial, final = folder / f".{name}.partial", folder / name
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    stored = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    writer = SafetensorsWriter(partial / TENSORS, [spec_of(key, value) for key, value in stored.items()])
-    for key, value in stored.items():
-        writer.write(key, value)
-    writer.close()
+    write_tensors(partial / TENSORS, {key: value.detach().cpu().contiguous() for key, value in tensors.items()})
     (partial / STATE).write_bytes(canonical_json({"schema": SCHEMA, "progressed": asdict(progressed), "optimizer": dict(plain)}))
     for path in (partial / TENSORS, partial / STATE, partial):
-        _sync(path)
+        sync(path)
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
-    _sync(folder)
+    sync(folder)
     for old in checkpoints(folder)[:-keep]:
         if old.name != f"step-{progressed.best_step or -1:06}":
             shutil.rmtree(old)
@@ -148,30 +143,49 @@ def run_folder(output: Path) -> Path:
     return output.with_name(f"{output.name}.run")
 
 
-def write_run(output: Path, identity: RunIdentity, words: Mapping[str, Any]) -> None:
-    """``run.json``: what the run is, and the words that started it (for ``--resume`` without any)."""
+def write_run(output: Path, identity: RunIdentity, words: Mapping[str, Any], ranks: Mapping[str, int] | None = None) -> None:
+    """``run.json``: what the run is, the words that started it (for ``--resume`` without any), and ranks that were measured for it."""
     folder = run_folder(output)
     folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / f".{RUN}.partial"
-    beside.write_bytes(canonical_json({"schema": SCHEMA, "identity": asdict(identity), "words": dict(words)}))
-    _sync(beside)
-    beside.replace(folder / RUN)
+    content = {"schema": SCHEMA, "identity": asdict(identity), "words": dict(words), **({"ranks": dict(ranks)} if ranks else {})}
+    replace_file(folder / RUN, canonical_json(content))
 
 
 def read_run(output: Path) -> tuple[RunIdentity, dict[str, Any]]:
-    """The content of ``run.json`` of the run that will become ``output``.
+    """The identity and the words in ``run.json`` of the run that will become ``output``.
 
     Raises:
         MissingError: there is none. CorruptError: it is not what :func:`write_run` wrote.
     """
+    content = _read_run(output)
+    try:
+        return RunIdentity(**content["identity"]), dict(content["words"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptError(f"{run_folder(output) / RUN} does not describe a run: {error}", hint="start it anew with --force") from error
+
+
+def read_ranks(output: Path) -> dict[str, int] | None:
+    """Module path -> rank, as measured when the run was started; ``None`` where nothing was.
+
+    Raises:
+        MissingError, CorruptError: as :func:`read_run`.
+    """
+    found = _read_run(output).get("ranks")
+    if found is None:
+        return None
+    if not isinstance(found, dict) or not all(type(rank) is int and rank > 0 for rank in found.values()):
+        raise CorruptError(f"{run_folder(output) / RUN}: `ranks` does not give each module a rank", hint="start it anew with --force")
+    return dict(found)
+
+
+def _read_run(output: Path) -> dict[str, Any]:
     folder = run_folder(output)
     if not (folder / RUN).is_file():
         raise MissingError(f"{output} has no interrupted run beside it ({folder.name})", hint="start one without --resume, or name its output with -o")
     content = read_json(folder / RUN)
-    try:
-        return RunIdentity(**content["identity"]), dict(content["words"])
-    except (KeyError, TypeError) as error:
-        raise CorruptError(f"{folder / RUN} does not describe a run: {error}", hint="start it anew with --force") from error
+    if not isinstance(content, dict):
+        raise CorruptError(f"{folder / RUN} does not describe a run", hint="start it anew with --force")
+    return content
 
 
 def seed_everything(*parts: object) -> None:
@@ -180,11 +194,3 @@ def seed_everything(*parts: object) -> None:
     random.seed(number)
     np.random.seed(number % 2**32)
     torch.manual_seed(number)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,6 +10,7 @@ from typing import Any
 
 from qlora_tools.adapters import portable_peft
 from qlora_tools.adapters.adapter import Adapter
+from qlora_tools.adapters.copies import without_copies
 from qlora_tools.adapters.merged import base_fingerprint
 from qlora_tools.adapters.modified_base import Restored, changed_init, needs_base, on_original_base
 from qlora_tools.adapters.peft_files import task_type_of
@@ -117,16 +118,19 @@ def _fitted(loaded: Loaded, base: LogicalCheckpoint, init: str | None, device: s
     if loaded.format != "peft":
         portable = with_live_names(portable, base)
     bound = fit(portable, base, str(loaded.stored.path))
+    ties = base.ties
+    portable = without_copies(portable, bound, base, ties)
+    stored = {name: ties.get(name, name) for name in bound.deltas}  # a tied tensor lies under the other's name
     restored = None
     if init is not None:
-        targets = {parse_key(delta.a.key).path: (name, delta.transposed) for name, delta in bound.deltas.items()}
+        targets = {parse_key(delta.a.key).path: (stored[name], delta.transposed) for name, delta in bound.deltas.items()}
         if quantized := sorted(name for name, _ in targets.values() if name in base.quantized):
             raise UsageError(
                 f"the adapter started with {init} inside weights that {base.folder} holds only quantized: {quantized[0]}",
                 hint="give the 16-bit model as --base",
             )
         portable, restored = on_original_base(portable, init, base, targets, device=device, progress=progress)
-    if any(delta.transposed for name, delta in bound.deltas.items() if base.family.stores_inputs_first(name, base.specs[name].shape)):
+    if any(delta.transposed for name, delta in bound.deltas.items() if base.family.stores_inputs_first(name, base.specs[stored[name]].shape)):
         portable = replace(portable, inputs_first=True)
     return replace(loaded, components={component: portable}, base_tensors=_hashes(bound, base, progress), restored=restored)
 

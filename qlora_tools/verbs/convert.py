@@ -42,6 +42,7 @@ def convert(
     base: str | Path | None = None,
     format_name: str | None = None,
     alpha: float | None = None,
+    rank: int | None = None,
     component: str | None = None,
     allow_pickle: bool = False,
     output: Path | None = None,
@@ -63,9 +64,9 @@ def convert(
     dest = output or Path("adapters") / slug(f"{source_name(path)}-{to}")
     inputs = [path, *([checkpoint.folder] if checkpoint else [])]
     check_output(dest, force=force, inputs=inputs)
-    hints = Hints(alpha=alpha, component=component)
+    hints = Hints(alpha=alpha, rank=rank, component=component)
     loaded = load(path, base=checkpoint, format_name=format_name, hints=hints, allow_pickle=allow_pickle, device=resolve_device(device), progress=progress)
-    command = {"verb": "convert", "to": to, "from": loaded.format, "alpha": alpha, "component": component}
+    command = {"verb": "convert", "to": to, "from": loaded.format, "alpha": alpha, "rank": rank, "component": component}
     portables = loaded.components
     files: tuple[str, ...] = ()
     if to == "peft":

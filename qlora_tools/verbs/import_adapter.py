@@ -45,6 +45,7 @@ def import_adapter(
     base: str | Path | None = None,
     format_name: str | None = None,
     alpha: float | None = None,
+    rank: int | None = None,
     component: str | None = None,
     allow_pickle: bool = False,
     output: Path | None = None,
@@ -56,8 +57,9 @@ def import_adapter(
     """Recognise the adapter in ``source`` (folder, file or hub id) and write it for PEFT; every key ends in it or is refused by name.
 
     ``base`` is needed where the file does not tell names, orders or starting points; with it everything is checked against the
-    model, and the sha256 of its changed tensors are kept. ``alpha``: for files that store none. ``component``: of a file for
-    several models. ``allow_pickle``: read torch's pickle format.
+    model, and the sha256 of its changed tensors are kept. ``alpha``: for files that store none. ``rank``: as it was in
+    training, refused where the tensors of such a file say another. ``component``: of a file for several models. ``allow_pickle``: read
+    torch's pickle format.
     """
     began = time.perf_counter()
     path = adapter_path(source)
@@ -65,7 +67,7 @@ def import_adapter(
     dest = output or Path("adapters") / slug(source_name(path))
     inputs = [path, *([checkpoint.folder] if checkpoint else [])]
     check_output(dest, force=force, inputs=inputs)
-    hints = Hints(alpha=alpha, component=component)
+    hints = Hints(alpha=alpha, rank=rank, component=component)
     loaded = load(path, base=checkpoint, format_name=format_name, hints=hints, allow_pickle=allow_pickle, device=resolve_device(device), progress=progress)
     if component is not None and component not in loaded.components:
         raise UsageError(f"{path} is for one model and names no components", hint="leave --component out")
@@ -75,7 +77,7 @@ def import_adapter(
         save_peft(
             portable,
             dest,
-            command={"verb": "import", "format": loaded.format, "alpha": alpha, "component": component},
+            command={"verb": "import", "format": loaded.format, "alpha": alpha, "rank": rank, "component": component},
             inputs={"adapter": loaded.described()},
             sources=inputs,
             base=checkpoint,

@@ -30,7 +30,7 @@ from qlora_tools.training.metrics import FILE_NAME as METRICS
 from qlora_tools.training.metrics import MetricsLog, read_metrics
 from qlora_tools.training.plot import FILE_NAME as PLOT
 from qlora_tools.training.plot import plot_loss
-from qlora_tools.training.state import RUN, checkpoints, load_state, read_run, run_folder, write_run
+from qlora_tools.training.state import RUN, checkpoints, load_state, read_ranks, read_run, run_folder, write_run
 from qlora_tools.training.world import processes
 from qlora_tools.verbs.opening import describe_input, folder_name, open_model, resolve_device
 from qlora_tools.verbs.training_data import Data, prepare
@@ -103,8 +103,9 @@ def train(
             return TrainResult(dest, time.perf_counter() - began, plan, None)
         listen = listen if world.rank == 0 else events.silent
         listen(events.Planned(plan, str(dest)))
-        with _explained_memory(plan):
-            ready = prepare_run(checkpoint, made, plan, config, place, world, teacher_model, run_folder(dest), progress)
+        with _explained_memory(plan, progress):
+            measured = read_ranks(dest) if resume else None
+            ready = prepare_run(checkpoint, made, plan, config, place, world, teacher_model, run_folder(dest), progress, measured)
             words = {"base": str(base), "data": str(data), "val": str(val) if val else None, "teacher": str(teacher) if teacher else None}
             _begin(ready, dest, words, resume)
             with _swept(ready, dest):
@@ -143,7 +144,7 @@ def _begin(ready: Prepared, dest: Path, words: Mapping[str, Any], resume: bool) 
             ready.restore(saved[-1])
     elif ready.run.world.rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
-        write_run(dest, ready.identity, words)
+        write_run(dest, ready.identity, words, ready.plan.ranks if ready.run.config.rank_budget is not None else None)
 
 
 @contextmanager
@@ -216,13 +217,13 @@ def _finish(ready: Prepared, dest: Path, made: Data, checkpoint: LogicalCheckpoi
 
 
 @contextmanager
-def _explained_memory(plan: TrainPlan) -> Iterator[None]:
+def _explained_memory(plan: TrainPlan, progress: Progress) -> Iterator[None]:
     """Out of memory, with what would fit."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
-        options = [f"{change}: {total / 1e9:.2f} GB" for change, total in (plan.estimate.alternatives() if plan.estimate is not None else [])]
+        options = [f"{change}: {total / 1e9:.2f} GB" for change, total in (plan.estimate.alternatives(progress) if plan.estimate is not None else [])]
         estimate = f", {plan.estimate.total_bytes / 1e9:.2f} GB were estimated" if plan.estimate is not None else ""
         raise OutOfMemory(f"out of memory{estimate}", hint=f"less would do: {'; '.join(options[:4])}" if options else "lower --batch or --max-len") from error

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import nn
 
 from qlora_tools.checkpoint.logical import LogicalCheckpoint
 from qlora_tools.quant.codec import Codec
+from qlora_tools.quant.floats import native_dtype
 from qlora_tools.training.config import TrainConfig
 from qlora_tools.training.estimate import Estimate, Subject, empty_base, estimator
 from qlora_tools.training.fused import fuse
@@ -30,10 +30,7 @@ def compute_dtype(config: TrainConfig, device: str) -> torch.dtype:
     """bf16, or fp32 where it is asked for or where the processor multiplies bf16 by emulation."""
     if config.compute != "auto":
         return torch.bfloat16 if config.compute == "bf16" else torch.float32
-    if device.startswith("cuda"):
-        return torch.bfloat16
-    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return torch.bfloat16 if any(found.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16", "arm_bf16")) else torch.float32
+    return torch.bfloat16 if device.startswith("cuda") else native_dtype()
 
 
 def heads_of(model: nn.Module, checkpoint: LogicalCheckpoint, task: str) -> Iterable[str]:

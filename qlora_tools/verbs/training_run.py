@@ -161,14 +161,15 @@ def prepare_run(
     teacher: LogicalCheckpoint | None,
     folder: Path,
     progress: Progress,
+    measured: Mapping[str, int] | None = None,
 ) -> Prepared:
-    """Load the base, put the adapter on it, and measure two steps."""
+    """Load the base, put the adapter on it, and measure two steps. ``measured``: ranks by need from the start of a run that goes on."""
     dtype, heap = compute_dtype(config, device), Heap(device)
     options: Any = {"dtype": dtype, "device": device, "tidy": heap.give_back, "progress": progress}
     base = load_base(checkpoint, made.task, codec_of(config), labels=made.labels, seed=config.seed, **options)
     if config.pack:
         check_isolation(lambda **inputs: base.model(**inputs, use_cache=False).logits, base.model.config.get_text_config().vocab_size, device)
-    model, ranks = _adapted(base, made, plan, config, dtype, checkpoint)
+    model, ranks = _adapted(base, made, plan, config, dtype, checkpoint, measured)
     checkpointing = config.checkpointing == "on" or (config.checkpointing == "auto" and plan.estimate is not None and plan.estimate.checkpointing)
     if checkpointing:
         recompute_activations(model)
@@ -210,9 +211,15 @@ def recompute_activations(model: Any) -> None:
 
 
 def _adapted(
-    base: Base, made: Data, plan: TrainPlan, config: TrainConfig, dtype: torch.dtype, checkpoint: LogicalCheckpoint
+    base: Base,
+    made: Data,
+    plan: TrainPlan,
+    config: TrainConfig,
+    dtype: torch.dtype,
+    checkpoint: LogicalCheckpoint,
+    measured: Mapping[str, int] | None,
 ) -> tuple[PeftModel, Mapping[str, int]]:
-    """The PEFT model, at ranks by measured need where the config asks for it."""
+    """The PEFT model, at ranks by need where the config asks for it: ``measured`` ones where they are known and fit."""
     heads = base.fresh or heads_of(base.model, checkpoint, made.task)
 
     def put(ranks: Mapping[str, int], chosen: TrainConfig) -> PeftModel:
@@ -223,6 +230,17 @@ def _adapted(
 
     if config.rank_budget is None:
         return put(plan.ranks, config), plan.ranks
+    if measured is not None and measured.keys() == plan.ranks.keys() and max(measured.values()) <= config.rank:
+        return put(measured, config), measured
+    ranks = _ranks_by_need(base, made, plan, config, put)
+    return put(ranks, config), ranks
+
+
+def _ranks_by_need(
+    base: Base, made: Data, plan: TrainPlan, config: TrainConfig, put: Callable[[Mapping[str, int], TrainConfig], PeftModel]
+) -> Mapping[str, int]:
+    """Ranks from the gradients of a few batches. The base has its own layers again when this returns."""
+    assert config.rank_budget is not None
     model = put(plan.ranks, dataclasses.replace(config, init="default", start_rank=None, rank_budget=None))
     loss = _task_loss(base.model, made.task)
     seed_everything(config.seed, "need")
@@ -234,8 +252,8 @@ def _adapted(
     layers = dict(model.get_base_model().named_modules())
     dims = {path: sides(layers[path].base_layer) for path in norms}
     ranks = by_need(norms, dims, config.rank_budget, config.rank)
-    model.unload()  # the base has its own layers again
-    return put(ranks, config), ranks
+    model.unload()
+    return ranks
 
 
 def _task_loss(causal: Any, task: str) -> Loss:

@@ -1,7 +1,9 @@
 """The time of a training step before the run: its arithmetic counted on tensors without content, at the speed of a small sample on this machine.
 
 Counted are matrix products and convolutions by their operations, stored weights by what their decoding takes, and everything between by the bytes of
-the tensors that are made. What a busy machine does to a run is not foreseen: the figure tells minutes from hours, not ten minutes from twenty.
+the tensors that are made, in memory that is fresh. What a busy machine does to a run is not foreseen: the figure tells minutes from hours, not ten
+minutes from twenty. Compared once, in CPU seconds of one thread beside other work: 0.85 of the real step (11 M model in bf16 and NF4, 8 x 256 tokens); with
+memory that is already warm it was 0.4 to 0.9, see ``benchmarks/LOG.md``.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from qlora_tools.verbs.training_data import Data
 from qlora_tools.verbs.training_memory import adapter_of, codec_of, compute_dtype
 
 _SIDE = 1024  # of the sample matrix
+#: Of the sample tensor: more than glibc keeps in its heap, so that the kernel clears every page, as it does for most of what a step makes.
+_FRESH_BYTES = 64 << 20
 _SAMPLE_SECONDS = 0.05
 
 
@@ -70,7 +74,7 @@ def step_work(subject: Subject, batch: Batch, device: str) -> tuple[int, int]:
 
 
 def _seconds_per_byte(dtype: torch.dtype, device: str) -> float:
-    values = torch.ones(4, _SIDE, _SIDE, dtype=dtype, device=device)
+    values = torch.ones(_FRESH_BYTES // dtype.itemsize, dtype=dtype, device=device)
     return _seconds(lambda: values * 2, device) / values.nbytes
 
 

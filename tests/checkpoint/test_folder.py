@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
-from qlora_tools.checkpoint.folder import output_folder, seal
+from qlora_tools.checkpoint.folder import output_folder, replace_file, seal
 from qlora_tools.errors import OutputExistsError, StorageError, UsageError
 from qlora_tools.manifest import Manifest, read_manifest, sha256_file
 
@@ -110,3 +112,19 @@ def test_a_killed_run_leaves_only_a_hidden_partial(tmp_path):
     assert done.returncode == -signal.SIGKILL
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(".out.") and left.name.endswith(".partial")
+
+
+def test_a_replaced_file_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
+    path = tmp_path / "run.json"
+    for content in (b"old", b"new"):
+        replace_file(path, content)
+        assert path.read_bytes() == content
+
+    def full(self, target):
+        assert self.read_bytes() == b"newer"
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(StorageError, match=r"run\.json failed: No space"):
+        replace_file(path, b"newer")
+    assert [(item.name, item.read_bytes()) for item in tmp_path.iterdir()] == [("run.json", b"new")]

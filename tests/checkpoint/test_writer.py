@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from qlora_tools.checkpoint.reader import CheckpointReader
-from qlora_tools.checkpoint.writer import CheckpointWriter, SafetensorsWriter
+from qlora_tools.checkpoint.writer import CheckpointWriter, SafetensorsWriter, write_tensors
 from qlora_tools.errors import StorageError
 from qlora_tools.specs import TensorSpec, spec_of
 
@@ -75,6 +77,19 @@ def test_a_piece_that_does_not_fit_its_plan_is_refused(tmp_path, piece):
     with pytest.raises(AssertionError, match="planned"):
         writer.write("a", piece)
     writer.abort()
+
+
+def test_tensors_at_hand_are_written_in_one_call_and_the_file_is_closed_whatever_happens(tmp_path, monkeypatch):
+    write_tensors(tmp_path / "a.safetensors", TENSORS, {"format": "pt", "kind": "small"})
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", "kind": "small"} and all(torch.equal(file.get_tensor(name), TENSORS[name]) for name in TENSORS)
+    aborted = []
+    monkeypatch.setattr(SafetensorsWriter, "write", lambda *_: 1 / 0)
+    monkeypatch.setattr(SafetensorsWriter, "abort", lambda self, abort=SafetensorsWriter.abort: aborted.append(self._descriptor) or abort(self))
+    with pytest.raises(ZeroDivisionError):
+        write_tensors(tmp_path / "b.safetensors", TENSORS)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(aborted[0])
 
 
 def test_a_disk_without_room_is_noticed_before_the_first_tensor(tmp_path):

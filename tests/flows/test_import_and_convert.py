@@ -30,7 +30,7 @@ def peft_adapter(base: Path, dest: Path, seed: int = 1, **options) -> Path:
     )
     with torch.no_grad():
         for name, parameter in live.named_parameters():
-            if "lora_" in name:
+            if "lora_" in name or "modules_to_save" in name:
                 parameter.add_(torch.randn(parameter.shape) * 0.05)
     live.save_pretrained(dest)
     return dest
@@ -230,7 +230,7 @@ def test_broken_gguf_and_its_predecessor_are_refused(qlt, here, llama, tmp_path,
     assert qlt("import", tmp_path / "x.gguf", "--base", llama).code in (4, 8) and files(here) == set()
 
 
-@pytest.mark.parametrize("words", [["--alpha", 3], ["--component", "unet"]])
+@pytest.mark.parametrize("words", [["--alpha", 3], ["--rank", 4], ["--component", "unet"]])
 def test_words_that_would_be_ignored_are_refused(qlt, here, stock, words):
     done = qlt("import", stock, *words)
     assert done.code == 2 and "leave" in done.err and files(here) == set()
@@ -311,6 +311,51 @@ def test_what_the_target_cannot_carry_is_refused_by_name_even_in_a_dry_run(qlt, 
     for more in ([], ["--dry-run"]):
         done = qlt("convert", adapter, "--to", to, "--base", llama, "-o", "other", *more)
         assert done.code == 8 and named in done.err and files(here) == set()
+
+
+@pytest.mark.parametrize("to", ["gguf", "mlx", "onnx_adapter"])
+def test_factors_on_the_head_are_converted_without_peft_s_copy_of_it(qlt, here, llama, tmp_path, to):
+    adapter = peft_adapter(llama, tmp_path / "adapter", target_modules=["q_proj", "lm_head"])
+    assert "base_model.model.lm_head.base_layer.weight" in load_file(adapter / "adapter_model.safetensors")
+    done = qlt("convert", adapter, "--to", to, "--base", llama, "-o", "other")
+    assert done.code == 0 and "equal to the base and left out" in done.err and "lm_head.weight" in done.err, done.err
+    assert qlt("import", "other", "--base", llama, "-o", "again").code == 0
+    ours, theirs = merged(qlt, here, llama, "again", "a"), merged(qlt, here, llama, adapter, "b")
+    assert all(torch.allclose(ours[key].float(), theirs[key].float(), atol=2e-3, rtol=1e-2) for key in theirs)
+
+
+def test_the_copy_of_a_tied_head_is_left_out_of_what_is_imported(qlt, here, tmp_path):
+    base = build_llama(tmp_path / "tied", tie_word_embeddings=True)
+    adapter = peft_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "lm_head"])
+    assert any("base_layer" in name or "embed_tokens" in name for name in load_file(adapter / "adapter_model.safetensors"))
+    assert qlt("import", adapter, "--base", base, "-o", "again").code == 0
+    assert all("lora_" in name for name in load_file(here / "again/adapter_model.safetensors"))
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), here / "again").eval()
+    live = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter).eval()
+    torch.testing.assert_close(forward(again), forward(live), atol=2e-6, rtol=1e-5)
+    ours, theirs = merged(qlt, here, base, "again", "a"), merged(qlt, here, base, adapter, "b")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_trained_head_stays_and_is_refused_by_formats_of_factors(qlt, here, llama, tmp_path):
+    def trained(tensors):
+        tensors["base_model.model.lm_head.base_layer.weight"][3, 1] += 1
+        return tensors
+
+    adapter = edited(peft_adapter(llama, tmp_path / "adapter", target_modules=["q_proj", "lm_head"]), tmp_path / "trained", trained)
+    done = qlt("convert", adapter, "--to", "gguf", "--base", llama, "-o", "other")
+    assert done.code == 8 and "lm_head.weight" in done.err and files(here) == set()
+    assert qlt("import", adapter, "--base", llama, "-o", "again").code == 0
+    assert "base_model.model.lm_head.base_layer.weight" in load_file(here / "again/adapter_model.safetensors")
+
+
+def test_a_rank_that_the_file_does_not_have_is_refused(qlt, here, llama, stock, tmp_path):
+    raw = tmp_path / "raw.safetensors"
+    shutil.copy(stock / "adapter_model.safetensors", raw)
+    done = qlt("import", raw, "--base", llama, "--alpha", 6, "--rank", 8)
+    assert done.code == 2 and "has rank 4, 8 was given" in done.err and files(here) == set()
+    assert qlt("import", raw, "--base", llama, "--alpha", 6, "--rank", 4).code == 0
+    assert qlt("convert", raw, "--to", "mlx", "--base", llama, "--alpha", 6, "--rank", 4).code == 0
 
 
 def test_an_unknown_target_is_refused_before_the_adapter_is_opened(qlt, here, tmp_path):

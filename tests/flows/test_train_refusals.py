@@ -167,6 +167,7 @@ def test_out_of_memory_comes_with_alternatives_that_were_computed(train, monkeyp
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
     monkeypatch.setattr(verb, "prepare_run", full)
+    monkeypatch.setattr("qlora_tools.training.estimate._PATIENCE_SECONDS", float("inf"))
     done = train("--int8")
     assert done.code == 10
     assert "out of memory" in done.err

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from qlora_tools import api
 from qlora_tools.errors import CorruptError, IncompatibleError, Interrupted, MissingError, OutputExistsError
 from qlora_tools.training.config import TrainConfig
 from qlora_tools.training.state import checkpoints, run_folder
+from tests.children import call_in_children, torchrun_environments
 from tests.conftest import build_llama
 from tests.flows.training_material import adapter_bytes, manifest, untimed, without_estimate_and_picture, write_pairs
 
@@ -30,6 +29,9 @@ CHOICES = TrainConfig(
     rank=8, start_rank=2, dropout=0.2, neftune=5.0, batch=2, accum=2, steps=STEPS, lr=1e-2, max_len=64, val_share=0.2, eval_every=3,
     samples=("say 3: ",), sample_tokens=3, weight_decay=0.01, loraplus=4.0,
 )  # fmt: skip
+
+
+RUN_AND_STOP = f"{__name__}.run_and_stop"
 
 
 class Killed(BaseException):
@@ -54,6 +56,18 @@ def terminated():
     signal.raise_signal(signal.SIGTERM)
 
 
+def run_and_stop(base, data, output, stop_at, number, resume):
+    """A run in a process of its own, which gets the signal ``number`` after step ``stop_at`` (``None``: is left alone) and exits as the command does."""
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        without_estimate_and_picture(patch)
+        listen = at_step(stop_at, lambda: os.kill(os.getpid(), number))
+        try:
+            api.train(base=base, data=data, config=CHOICES, output=Path(output), listen=listen, resume=resume)
+        except Interrupted:
+            sys.exit(Interrupted.exit_code)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def quick():
     with pytest.MonkeyPatch.context() as patch:
@@ -74,15 +88,6 @@ def start(llama, data):
         return api.train(**{"base": llama, "data": data, "config": config, "output": output, "listen": listen, **more})
 
     return call
-
-
-def forked(call, *arguments, **named):
-    """``call`` in a process of its own, which has all that is imported here."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # later versions of python warn that a fork may meet threads
-        child = multiprocessing.get_context("fork").Process(target=call, args=arguments, kwargs=named)
-        child.start()
-    return child
 
 
 @pytest.fixture(scope="module")
@@ -118,10 +123,9 @@ def test_a_run_stopped_again_and_again_ends_in_the_same_bytes(start, straight, t
 
 
 @pytest.mark.parametrize(("step", "from_step"), [(2, 0), (5, 3)])
-def test_a_killed_run_goes_on_from_its_last_checkpoint(start, straight, tmp_path, step, from_step):
-    child = forked(start, tmp_path / "out", listen=at_step(step, lambda: os.kill(os.getpid(), signal.SIGKILL)))
-    child.join(timeout=60)
-    assert child.exitcode == -signal.SIGKILL
+def test_a_killed_run_goes_on_from_its_last_checkpoint(start, straight, llama, data, tmp_path, step, from_step):
+    words = (llama, data, tmp_path / "out", step, signal.SIGKILL, False)
+    call_in_children(RUN_AND_STOP, [words], [{}], expected=-signal.SIGKILL)
     kept = checkpoints(run_folder(tmp_path / "out"))
     assert [path.name for path in kept[-1:]] == ([f"step-{from_step:06}"] if from_step else [])
     start(tmp_path / "out", resume=True)
@@ -177,6 +181,15 @@ def test_every_kind_of_run_resumes_bitwise(start, tmp_path, changes):
         start(tmp_path / "out", config, at_step(2, terminated))
     start(tmp_path / "out", config, resume=True)
     check_same(tmp_path / "out", tmp_path / "straight")
+
+
+def test_ranks_by_need_are_not_measured_again(start, tmp_path, monkeypatch):
+    config = replace(CHOICES, start_rank=None, rank_budget=3, rank=12, steps=3)
+    with pytest.raises(Interrupted):
+        start(tmp_path / "out", config, at_step(1, terminated))
+    monkeypatch.setattr("qlora_tools.verbs.training_run.measure_need", lambda *arguments: pytest.fail("measured again"))
+    start(tmp_path / "out", config, resume=True)
+    assert len(set(json.loads((tmp_path / "out/adapter_config.json").read_text())["rank_pattern"].values())) > 1
 
 
 def test_a_run_out_of_patience_stops_at_the_same_step_when_it_is_resumed(start, tmp_path):
@@ -257,32 +270,17 @@ def test_there_must_be_a_run_to_resume(start, tmp_path):
         start(tmp_path / "out", resume=True)
 
 
-def both(start, *arguments, **named):
-    """``start`` in two processes that torchrun would have started; their exit codes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def test_two_processes_are_interrupted_and_resumed_together(start, llama, data, tmp_path):
+    def both(name, stop_at=None, resume=False, expected=0):
+        words = (llama, data, tmp_path / name, stop_at, signal.SIGTERM, resume)
+        call_in_children(RUN_AND_STOP, [words] * 2, torchrun_environments(2), expected)
 
-    def one(rank):
-        os.environ.update(WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        try:
-            start(*arguments, **named)
-        except Interrupted:
-            sys.exit(Interrupted.exit_code)
-
-    processes = [forked(one, rank) for rank in range(2)]
-    for process in processes:
-        process.join(timeout=60)
-    return [process.exitcode for process in processes]
-
-
-def test_two_processes_are_interrupted_and_resumed_together(start, tmp_path):
-    assert both(start, tmp_path / "straight") == [0, 0]
-    assert both(start, tmp_path / "out", listen=at_step(3, terminated)) == [130, 130]
+    both("straight")
+    both("out", stop_at=3, expected=Interrupted.exit_code)
     assert not (tmp_path / "out").exists()
     with pytest.raises(IncompatibleError, match="it ran on 2 processes, now on 1"):
         start(tmp_path / "out", resume=True)
-    assert both(start, tmp_path / "out", resume=True) == [0, 0]
+    both("out", resume=True)
     check_same(tmp_path / "out", tmp_path / "straight")
 
 
@@ -295,7 +293,7 @@ def background(here, *words):
 
 def wait_for_line(path, kind, step):
     """Until the metrics file tells of ``step``."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         if path.exists() and any(
             json.loads(line).get("step", -1) >= step for line in path.read_text().splitlines() if f'"{kind}"' in line and line.endswith("}")
@@ -310,7 +308,7 @@ def test_the_terminated_command_goes_on_by_resume_alone(qlt, here, llama, data):
     process = background(here, *words, "-o", "stopped")
     wait_for_line(here / "stopped.run/metrics.jsonl", "step", 10)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "everything is saved in stopped.run" in err
     assert "hint: to go on: qlt train --resume" in err

@@ -29,6 +29,20 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, set[str]]]] = {
     "mistral": ("MistralForCausalLM", DECODER, LLAMA_LIKE),
     "qwen2": ("Qwen2ForCausalLM", DECODER, LLAMA_LIKE),
     "qwen3": ("Qwen3ForCausalLM", {**DECODER, "head_dim": 8}, LLAMA_LIKE),
+    "gemma": ("GemmaForCausalLM", {**DECODER, "head_dim": 8}, LLAMA_LIKE),
+    "gemma2": ("Gemma2ForCausalLM", {**DECODER, "head_dim": 8}, LLAMA_LIKE),
+    "gemma3_text": ("Gemma3ForCausalLM", {**DECODER, "head_dim": 8}, LLAMA_LIKE),
+    "gemma3": (
+        "Gemma3ForConditionalGeneration",
+        {"text_config": {**DECODER, "head_dim": 8}, "vision_config": {**ENCODER, "image_size": 32, "patch_size": 16}},
+        {
+            "minimal": {"q_proj", "v_proj"},
+            "qkv": {"q_proj", "k_proj", "v_proj"},
+            "attn": {"q_proj", "k_proj", "v_proj", "o_proj", "out_proj"},
+            "mlp": {"gate_proj", "up_proj", "down_proj", "fc1", "fc2"},
+            "all": {"q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2", "patch_embedding"},
+        },
+    ),
     "gpt2": (
         "GPT2LMHeadModel",
         {"vocab_size": 61, "n_embd": 32, "n_layer": 1, "n_head": 4},
@@ -155,6 +169,20 @@ def test_an_expression_that_is_none_names_the_presets() -> None:
     with pytest.raises(UsageError, match="not a preset") as caught:
         family_of({"model_type": "llama"}).targets("(", ["a"])
     assert all(preset in str(caught.value.hint) for preset in TARGET_PRESETS)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name in known_families()])
+def test_a_silent_config_ties_what_transformers_ties(name: str) -> None:
+    kind, settings, _ = CASES[name]
+    if name == "bert":  # its masked language model, not the classifier, has a head to tie
+        kind = "BertForMaskedLM"
+    with torch.device("meta"):
+        model = getattr(transformers, kind)(getattr(transformers, kind).config_class(**settings))
+    family, silent = family_of({"model_type": name}), {"model_type": name}
+    assert family.is_tied(silent) == bool(model.config.tie_word_embeddings)
+    tied = {key: value for key, value in model.all_tied_weights_keys.items() if key.endswith(".weight")}
+    assert family.ties(silent) == (tied if family.is_tied(silent) else {})
+    assert not family.ties(silent | {"tie_word_embeddings": False}) and family.is_tied(silent | {"tie_word_embeddings": True})
 
 
 def test_every_family_file_is_read() -> None:

@@ -1,4 +1,5 @@
 import hashlib
+import importlib
 
 import numpy as np
 import pytest
@@ -60,6 +61,15 @@ def test_the_reference_text_is_split_without_shared_paragraphs():
     paragraphs = [{" ".join(p.split()) for p in text.split("\n\n") if len(" ".join(p.split())) >= 80} for text in (train, held_out)]
     assert len(paragraphs[1]) > 50
     assert not paragraphs[0] & paragraphs[1]
+
+
+def test_a_python_without_the_reference_is_refused(monkeypatch):
+    def refuse(name):
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(importlib, "import_module", refuse)
+    with pytest.raises(MissingError, match=r"pydoc_data\.topics"):
+        python_reference()
 
 
 def test_an_unknown_part_is_refused():

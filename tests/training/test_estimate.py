@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from qlora_tools.checkpoint.logical import open_checkpoint
-from qlora_tools.training import estimate as E
 from qlora_tools.live.base import load_base
+from qlora_tools.training import estimate as E
 from qlora_tools.training.config import TrainConfig
 from qlora_tools.training.footprint import LiveBytes
 from qlora_tools.training.fused import fuse
@@ -177,7 +180,17 @@ def test_a_model_that_cannot_checkpoint_is_estimated_without(folders):
     assert not estimator.of(True).checkpointing and "--checkpointing on" not in dict(estimator.of(False).alternatives())
 
 
-def test_alternatives_are_estimates_of_their_own_and_need_less(folders):
+def test_the_wait_for_alternatives_is_limited_and_shown(folders, monkeypatch):
+    told = []
+    task = SimpleNamespace(advance=lambda amount, label: told.append(label))
+    progress = SimpleNamespace(task=lambda title, total, unit: contextlib.nullcontext(task))
+    monkeypatch.setattr(E, "_PATIENCE_SECONDS", 0.0)
+    assert estimator_for(folders["llama"], base_format="bf16").of(False).alternatives(progress) == []
+    assert told[0] == "--checkpointing on" and told[-1] == "--nf4"
+
+
+def test_alternatives_are_estimates_of_their_own_and_need_less(folders, monkeypatch):
+    monkeypatch.setattr(E, "_PATIENCE_SECONDS", math.inf)
     estimator = estimator_for(folders["llama"], base_format="bf16", batch=batch_for("language", 4, 24))
     found = estimator.of(False)
     others = dict(found.alternatives())

@@ -13,12 +13,12 @@ from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from qlora_tools.live.frozen import StoredWeight, can_freeze, freeze_layer
 from qlora_tools.models.family import family_of
 from qlora_tools.quant.codec import Codec
 from qlora_tools.quant.nf4 import NF4
 from qlora_tools.specs import TensorSpec, dtype_of, spec_of
 from qlora_tools.training.config import TrainConfig
-from qlora_tools.live.frozen import StoredWeight, can_freeze, freeze_layer
 from qlora_tools.training.fused import _RmsNorm, fuse
 from qlora_tools.training.lora import choose_modules, inject, rank_of, trainable_parameters
 from qlora_tools.training.ranks import widen

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import signal
-import socket
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from qlora_tools.checkpoint.logical import open_checkpoint
 from qlora_tools.errors import NonFiniteError
-from qlora_tools.training import loop
 from qlora_tools.live.base import load_base
+from qlora_tools.training import loop
 from qlora_tools.training.config import TrainConfig
 from qlora_tools.training.loop import Run, evaluate, grow, interruptions, micro_batches, neftune, restore, train, train_mode
 from qlora_tools.training.lora import choose_modules, inject, rank_of, trainable_parameters
@@ -27,6 +23,7 @@ from qlora_tools.training.optimizers import Masters
 from qlora_tools.training.rows import LanguageRows
 from qlora_tools.training.state import checkpoints
 from qlora_tools.training.world import World, processes
+from tests.children import call_in_children, torchrun_environments
 
 CONFIG = TrainConfig(base_format="bf16", rank=4, steps=3, lr=1e-2, batch=8, compute="fp32")
 
@@ -123,17 +120,8 @@ def test_processes_share_the_rows_of_a_step(llama):
 
 def test_two_processes_train_like_one_with_twice_the_accumulation(llama, tmp_path):
     """Also: the second process writes nothing, both see one evaluation, and a signal to one of them stops both."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # later versions of python warn that a fork may meet threads
-        started = [multiprocessing.get_context("fork").Process(target=_one_of_two, args=(rank, port, llama, tmp_path)) for rank in range(2)]
-        for process in started:
-            process.start()
-    for process in started:
-        process.join(timeout=60)
-    assert [process.exitcode for process in started] == [0, 0]
+    environments = torchrun_environments(2)
+    call_in_children(f"{__name__}.one_of_two", [(llama, tmp_path)] * 2, environments)
     first, second = (load_file(tmp_path / f"rank{rank}.safetensors") for rank in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     one = make_run(llama, replace(CONFIG, batch=2, accum=4))
@@ -144,9 +132,9 @@ def test_two_processes_train_like_one_with_twice_the_accumulation(llama, tmp_pat
     assert not (tmp_path / "run1").exists()
 
 
-def _one_of_two(rank, port, base, folder):
+def one_of_two(base, folder):
     """What each process of the test above does: train, and be interrupted by a signal that only the second one gets."""
-    os.environ.update(WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
     with processes("cpu") as (world, _):
         run = make_run(base, replace(CONFIG, batch=2, accum=2), world)
         losses, values = trained(run)
@@ -217,6 +205,17 @@ def test_an_evaluation_is_the_mean_over_targets_and_leaves_no_trace(llama):
             part, _ = run.loss(run.model.eval(), run.rows.batch([row]))
             total, count = total + float(part), count + run.rows.batch([row]).count
     assert loss == pytest.approx(total / count, rel=1e-6)
+
+
+@pytest.mark.parametrize("save_every", [1, 2])
+def test_a_checkpoint_is_written_once_a_step(llama, tmp_path, save_every):
+    saved = []
+    config = replace(CONFIG, eval_every=1, save_every=save_every, keep=9)
+    run = make_run(llama, config, folder=tmp_path, held_out=rows_of_unequal_lengths(4, seed=1))
+    run.listen = lambda event: saved.append(event.step) if event.kind == "saved" else None
+    train(run)
+    assert saved == sorted(set(saved))
+    assert {run.progressed.best_step, 2, 3} <= set(saved)
 
 
 def test_a_held_out_loss_that_is_no_number_stops_the_run(llama):

@@ -20,11 +20,11 @@ from qlora_tools.adapters.merged import MergedSource
 from qlora_tools.adapters.peft_files import read_adapter
 from qlora_tools.checkpoint.logical import open_checkpoint
 from qlora_tools.errors import UnsupportedError, UsageError
+from qlora_tools.live.frozen import StoredWeight, can_freeze, freeze_layer
 from qlora_tools.models.family import family_of
 from qlora_tools.quant.nf4 import NF4
 from qlora_tools.specs import spec_of
 from qlora_tools.training.config import TrainConfig
-from qlora_tools.live.frozen import StoredWeight, can_freeze, freeze_layer
 from qlora_tools.training.lora import (
     adaptable,
     adapter_state,

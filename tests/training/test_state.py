@@ -17,6 +17,7 @@ from qlora_tools.training.state import (
     RunIdentity,
     checkpoints,
     load_state,
+    read_ranks,
     read_run,
     run_folder,
     save_state,
@@ -111,6 +112,18 @@ def test_a_run_remembers_what_it_is_and_the_words_that_started_it(tmp_path):
     assert words == {"base": "org/model", "val": None}
     found.check(identity())
     assert run_folder(tmp_path / "out").name == "out.run"
+    assert read_ranks(tmp_path / "out") is None
+    assert [path.name for path in run_folder(tmp_path / "out").iterdir()] == ["run.json"]
+
+
+def test_a_run_remembers_ranks_that_were_measured_for_it(tmp_path):
+    write_run(tmp_path / "out", identity(), {}, {"layers.1.q": 3, "layers.0.q": 12})
+    assert read_ranks(tmp_path / "out") == {"layers.0.q": 12, "layers.1.q": 3}
+    path = run_folder(tmp_path / "out") / "run.json"
+    for ranks in ([1], {"q": 0}, {"q": True}, {"q": "2"}):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "ranks": ranks}))
+        with pytest.raises(CorruptError, match="does not give each module a rank"):
+            read_ranks(tmp_path / "out")
 
 
 def test_there_must_be_a_run(tmp_path):

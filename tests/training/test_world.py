@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from qlora_tools.errors import UsageError
 from qlora_tools.training.world import World, processes
+from tests.children import call_in_children, torchrun_environments
 
 NAMES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -56,28 +54,16 @@ def test_an_environment_that_makes_no_sense_is_refused(environment: dict[str, st
     assert "torchrun" in str(raised.value.hint)
 
 
-SCRIPT = """
-import torch
-from qlora_tools.training.world import processes
-with processes("cpu") as (world, device):
-    values = torch.tensor([1.0, 10.0]) * (world.rank + 1)
-    count = torch.tensor(2.0, dtype=torch.float64)
-    world.sum(values, count)
-    print(world.rank, world.size, device, values.tolist(), float(count), world.any(world.rank == 1), world.any(False))
-assert not torch.distributed.is_initialized()
-"""
+def sums_and_agrees() -> None:
+    """What each process of the test below sees."""
+    with processes("cpu") as (world, device):
+        assert (world.rank, world.size, device) == (int(os.environ["RANK"]), 2, "cpu")
+        values, count = torch.tensor([1.0, 10.0]) * (world.rank + 1), torch.tensor(2.0, dtype=torch.float64)
+        world.sum(values, count)
+        assert values.tolist() == [3.0, 30.0] and float(count) == 4.0
+        assert world.any(world.rank == 1) and not world.any(False)
+    assert not torch.distributed.is_initialized()
 
 
 def test_two_processes_sum_and_agree() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT], env={**shared, "RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for rank in ("0", "1")
-    ]
-    told = [process.communicate(timeout=120) for process in started]
-    assert [out.strip() for out, _ in told] == [f"{rank} 2 cpu [3.0, 30.0] 4.0 True False" for rank in (0, 1)], told
+    call_in_children(f"{__name__}.sums_and_agrees", [(), ()], torchrun_environments(2))

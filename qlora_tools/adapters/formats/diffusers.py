@@ -31,6 +31,7 @@ from qlora_tools.adapters.formats.kohya import refuse_unwritable
 from qlora_tools.adapters.formats.names import Base, Modules, Target
 from qlora_tools.adapters.peft_config import PeftConfig, parse_config
 from qlora_tools.adapters.portable import Layer, Portable
+from qlora_tools.adapters.values import checked
 from qlora_tools.errors import CorruptError, IncompatibleError, QltError, UnsupportedError
 from qlora_tools.names import natural_key, shortened
 
@@ -171,7 +172,7 @@ def _layer(tensors: Mapping[str, torch.Tensor], module: _Module, path: str, conf
     missing = [role for role in (DOWN, UP) if role not in module.keys]
     if missing or "bias of lora_A" in module.keys:
         raise CorruptError(f"`{path}` has {shortened(module.keys.values())} but no {missing[0] if missing else 'use for it'}", hint="the file is incomplete")
-    parts = {role: (pairs.factor if role in (DOWN, UP) else pairs.checked)(key, tensors[key]) for role, key in module.keys.items() if role != ALPHA}
+    parts = {role: (pairs.factor if role in (DOWN, UP) else checked)(key, tensors[key]) for role, key in module.keys.items() if role != ALPHA}
     scale = _scale(tensors, module, path, parts[DOWN].shape[0], config)
     if config is not None and config.use_dora != (MAGNITUDE in parts):
         raise IncompatibleError(f"`{path}`: use_dora is {config.use_dora} in the metadata, the file says otherwise", hint="save the adapter again")

@@ -28,9 +28,11 @@ import torch
 
 from qlora_tools.adapters.formats.gguf_file import read_file, write_file
 from qlora_tools.adapters.formats.rope_order import halves_to_pairs, head_counts, pairs_to_halves
-from qlora_tools.adapters.formats.targets import baked, by_module, checked_fit, in_base, is_tied, narrowed, real_number, refuse_beyond_factors, take_pair
+from qlora_tools.adapters.formats.targets import baked, by_module, checked_fit, in_base, narrowed, real_number, refuse_beyond_factors, take_pair
 from qlora_tools.adapters.portable import EMBEDDING, LINEAR, Layer, Portable
+from qlora_tools.adapters.stored import NO_HINTS, Hints
 from qlora_tools.errors import IncompatibleError, MissingError, UnsupportedError, UsageError
+from qlora_tools.models.family import family_of
 from qlora_tools.names import shortened
 from qlora_tools.specs import dtype as dtype_named
 
@@ -59,15 +61,7 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     return read_file(path)
 
 
-def read(
-    tensors: Mapping[str, torch.Tensor],
-    *,
-    config: Mapping[str, Any] | None,
-    modules: Mapping[str, tuple[int, ...]] | None = None,
-    base_config: Mapping[str, Any] | None = None,
-    alpha: float | None = None,
-    rank: int | None = None,
-) -> Portable:
+def read(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any] | None = None, hints: Hints = NO_HINTS) -> Portable:
     """An adapter file as :func:`load` gave it. ``base_config`` is needed where query and key rows are permuted.
 
     Raises:
@@ -76,10 +70,10 @@ def read(
     """
     values = config or {}
     _check_type(values)
-    model = _model_of_file(values, base_config)
+    model = _model_of_file(values, hints.base_config)
     stated = real_number(values.get("adapter.lora.alpha", 0.0), "adapter.lora.alpha")
-    if alpha is not None and not math.isclose(alpha, stated, rel_tol=1e-6):
-        raise UsageError(f"the file states alpha {stated:g}, {alpha:g} was given", hint="leave --alpha out")
+    if hints.alpha is not None and not math.isclose(hints.alpha, stated, rel_tol=1e-6):
+        raise UsageError(f"the file states alpha {stated:g}, {hints.alpha:g} was given", hint="leave --alpha out")
     known = {tensor: module for module, tensor in model.names.items()}
     grouped = by_module(tensors, _KEY, "GGUF")
     foreign = [name for name in grouped if _template(name)[0] not in known]
@@ -89,11 +83,12 @@ def read(
     for name, slots in grouped.items():
         template, number = _template(name)
         layer = _read_layer(name, slots, stated)
+        hints.check_rank(name, layer.rank)
         if model.paired_rows and template.endswith((".attn_q", ".attn_k")):
-            heads = head_counts(base_config, "GGUF")[template.endswith("_k")]
+            heads = head_counts(hints.base_config, "GGUF")[template.endswith("_k")]
             layer = Layer(layer.a, pairs_to_halves(layer.b, heads), layer.scale)
-        layers[in_base(known[template].format(number), modules)] = layer
-    return Portable(checked_fit(layers, modules), base_name=_base_name(values))
+        layers[in_base(known[template].format(number), hints.modules)] = layer
+    return Portable(checked_fit(layers, hints.modules), base_name=_base_name(values))
 
 
 def write(portable: Portable, path: Path, *, base_config: Mapping[str, Any] | None, dtype: str | None = None) -> None:
@@ -184,7 +179,7 @@ def _gguf_name(module: str, model: _Model, base_config: Mapping[str, Any]) -> st
     name = model.names.get(template) or model.names.get(f"transformer.{template}")
     if name is None:
         raise UnsupportedError(f"`{module}` has no name in GGUF's architecture `{model.architecture}`", hint="merge the adapter and convert the model")
-    if name in ("output", _TOKEN_EMBEDDING) and is_tied(base_config):
+    if name in ("output", _TOKEN_EMBEDDING) and family_of(base_config).is_tied(base_config):
         raise UnsupportedError(
             f"`{module}` shares its weight with the {'embedding' if name == 'output' else 'head'}, and the runtime cannot adapt one of the two",
             hint="merge the adapter into its base with `qlt merge` and convert the model",

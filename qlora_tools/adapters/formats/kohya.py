@@ -22,6 +22,7 @@ from qlora_tools.adapters.formats import grouped, names, pairs, sgm
 from qlora_tools.adapters.formats.grouped import Built, Group
 from qlora_tools.adapters.formats.names import Modules
 from qlora_tools.adapters.portable import EMBEDDING, Layer, Portable
+from qlora_tools.adapters.values import checked
 from qlora_tools.errors import CorruptError, UnsupportedError
 from qlora_tools.names import shortened
 
@@ -86,7 +87,7 @@ def magnitude(group: Group) -> torch.Tensor | None:
     """
     if DORA not in group.tensors:
         return None
-    lengths = pairs.checked(group.key(DORA), group.tensors[DORA])
+    lengths = checked(group.key(DORA), group.tensors[DORA])
     if lengths.ndim >= 2 and lengths.shape[0] == 1 and lengths.shape[1] > 1:
         raise UnsupportedError(f"`{group.key(DORA)}` {list(lengths.shape)} rescales inputs, PEFT's DoRA rescales outputs", hint="merge it where it was trained")
     return lengths

@@ -23,6 +23,7 @@ import torch
 from qlora_tools.adapters.formats.rope_order import head_counts
 from qlora_tools.adapters.formats.targets import block_diagonal, by_module, checked_fit, in_base, real_number, take_pair, whole_number
 from qlora_tools.adapters.portable import Layer, Portable
+from qlora_tools.adapters.stored import NO_HINTS, Hints
 from qlora_tools.errors import IncompatibleError, MissingError, UnsupportedError, UsageError
 
 #: The entry of ``config`` that says the layout, and its values.
@@ -41,15 +42,7 @@ def recognise(keys: Collection[str], metadata: Mapping[str, Any], config: Mappin
     return any(_KEY.fullmatch(key) and key.startswith("transformer.") for key in keys)
 
 
-def read(
-    tensors: Mapping[str, torch.Tensor],
-    *,
-    config: Mapping[str, Any] | None,
-    modules: Mapping[str, tuple[int, ...]] | None = None,
-    base_config: Mapping[str, Any] | None = None,
-    alpha: float | None = None,
-    rank: int | None = None,
-) -> Portable:
+def read(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any] | None = None, hints: Hints = NO_HINTS) -> Portable:
     """``config`` may hold litgpt's hyperparameters (``lora_alpha``, ``lora_query`` ...), ``enable_lora`` (three truth values) and ``litgpt_qkv``.
 
     Raises:
@@ -57,23 +50,22 @@ def read(
         IncompatibleError: keys left over or without partner, wrong base. UnsupportedError: a family that is not mapped.
     """
     values = config or {}
-    names, prefix = _family(base_config)
-    scale_alpha = _alpha(values, alpha)
+    names, prefix = _family(hints.base_config)
+    scale_alpha = _alpha(values, hints.alpha)
     layers: dict[str, Layer] = {}
     for path, slots in by_module(tensors, _KEY, "litgpt").items():
         if match := _FUSED.fullmatch(path):
             a, b = slots.pop("lora_A", None), slots.pop("lora_B", None)
             if a is None or b is None or a.ndim != 2 or b.ndim != 2:
                 raise IncompatibleError(f"`{path}` lacks lora_A or lora_B, or they are not matrices")
-            found = _fused(path, match[2], a, b, values, base_config or {}, scale_alpha)
-            layers |= {in_base(f"{prefix}.layers.{match[1]}.{leaf}", modules): layer for leaf, layer in found.items()}
+            found = _fused(path, match[2], a, b, values, hints.base_config or {}, scale_alpha)
+            layers |= {in_base(f"{prefix}.layers.{match[1]}.{leaf}", hints.modules): layer for leaf, layer in found.items()}
         else:
             a, b = take_pair(path, slots, ("lora_A", "lora_B"), (0, 1))
-            layers[in_base(_hf_name(path, names, prefix), modules)] = Layer(a, b, scale_alpha / b.shape[1])
-    wrong = [module for module, layer in layers.items() if rank is not None and round(scale_alpha / layer.scale) != rank]
-    if wrong:
-        raise UsageError(f"`{wrong[0]}` does not have the rank {rank} that was given", hint="leave --rank out")
-    return Portable(checked_fit(layers, modules))
+            layers[in_base(_hf_name(path, names, prefix), hints.modules)] = Layer(a, b, scale_alpha / b.shape[1])
+    for module, layer in layers.items():
+        hints.check_rank(module, round(scale_alpha / layer.scale))
+    return Portable(checked_fit(layers, hints.modules))
 
 
 def _fused(path: str, name: str, a: torch.Tensor, b: torch.Tensor, values: Mapping[str, Any], base_config: Mapping[str, Any], alpha: float) -> dict[str, Layer]:

@@ -24,6 +24,7 @@ import torch
 from qlora_tools.adapters.formats import litgpt
 from qlora_tools.adapters.formats.targets import block_diagonal, by_module, checked_fit, in_base, kind_of, real_number, take_pair
 from qlora_tools.adapters.portable import CONV, Layer, Portable
+from qlora_tools.adapters.stored import NO_HINTS, Hints
 from qlora_tools.errors import IncompatibleError, UnsupportedError, UsageError
 
 _KEY = re.compile(r"(?P<module>.+)\.(?P<slot>lora_A|lora_B|bias)")
@@ -38,60 +39,44 @@ def recognise(keys: Collection[str], metadata: Mapping[str, Any], config: Mappin
     return bool(factors) and not any(_IMAGE_MODEL.fullmatch(key) for key in factors)
 
 
-def read(
-    tensors: Mapping[str, torch.Tensor],
-    *,
-    config: Mapping[str, Any] | None,
-    modules: Mapping[str, tuple[int, ...]] | None = None,
-    base_config: Mapping[str, Any] | None = None,
-    alpha: float | None = None,
-    rank: int | None = None,
-) -> Portable:
+def read(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any] | None = None, hints: Hints = NO_HINTS) -> Portable:
     """``alpha`` must be given. ``modules`` (shapes of the base) tells convolutions and partly adapted fused layers from linears.
 
     Raises:
         UsageError: no alpha, a rank that is not the tensors', or the adapted parts of a fused layer are not stated.
         IncompatibleError: keys left over or without partner, wrong base. UnsupportedError: grouped, 1-D or 3-D convolutions.
     """
-    if alpha is None:
+    if hints.alpha is None:
         raise UsageError("a loralib state dict does not state alpha", hint="give the alpha it was trained with: --alpha NUMBER")
-    value = real_number(alpha, "alpha")
+    value = real_number(hints.alpha, "alpha")
     layers: dict[str, Layer] = {}
     replacements: dict[str, torch.Tensor] = {}
     for path, slots in by_module(tensors, _KEY, "loralib").items():
-        module = in_base(path, modules)
+        module = in_base(path, hints.modules)
         bias = slots.pop("bias", None)
         if bias is not None:
             replacements[f"{module}.bias"] = bias
         if slots:
-            layer = _layer(module, slots, config or {}, modules, base_config, value)
-            _check_rank(module, layer, rank, value)
-            layers[module] = layer
+            layers[module] = _layer(module, slots, config or {}, hints, value)
     if not layers:
         raise IncompatibleError("the state dict holds biases but no lora_A and lora_B")
-    return Portable(checked_fit(layers, modules), replacements)
+    return Portable(checked_fit(layers, hints.modules), replacements)
 
 
-def _layer(
-    module: str,
-    slots: dict[str, torch.Tensor],
-    config: Mapping[str, Any],
-    modules: Mapping[str, tuple[int, ...]] | None,
-    base_config: Mapping[str, Any] | None,
-    alpha: float,
-) -> Layer:
-    shape = modules.get(module) if modules else None
+def _layer(module: str, slots: dict[str, torch.Tensor], config: Mapping[str, Any], hints: Hints, alpha: float) -> Layer:
+    shape = hints.modules.get(module) if hints.modules else None
     if shape is not None and len(shape) > 2:
-        return _convolution(module, slots, shape, alpha)
+        return _convolution(module, slots, shape, hints, alpha)
     if slots.keys() != {"lora_A", "lora_B"} or any(tensor.ndim != 2 for tensor in slots.values()):
         raise IncompatibleError(f"`{module}` has {', '.join(f'{name} {list(tensor.shape)}' for name, tensor in slots.items())}, expected two matrices")
     a, b = slots["lora_A"], slots["lora_B"]
     groups, rest = divmod(a.shape[0], max(b.shape[1], 1))
     if rest or not groups:
         raise IncompatibleError(f"`{module}`: the ranks of lora_A {list(a.shape)} and lora_B {list(b.shape)} do not fit")
+    hints.check_rank(module, b.shape[1])
     outputs = _outputs(shape, a.shape[1])
     if groups == 1 and outputs in (None, b.shape[0]):
-        return Layer(a, b, alpha / b.shape[1], kind_of(module, modules, base_config, (a.shape[1], b.shape[0])))
+        return Layer(a, b, alpha / b.shape[1], kind_of(module, hints.modules, hints.base_config, (a.shape[1], b.shape[0])))
     return _merged(module, a, b, groups, outputs, config, alpha)
 
 
@@ -134,7 +119,7 @@ def _enabled(module: str, config: Mapping[str, Any], groups: int, parts: int | N
     )
 
 
-def _convolution(module: str, slots: dict[str, torch.Tensor], shape: tuple[int, ...], alpha: float) -> Layer:
+def _convolution(module: str, slots: dict[str, torch.Tensor], shape: tuple[int, ...], hints: Hints, alpha: float) -> Layer:
     """(B A) reshaped to [O, I, k, k]: row o of the result is rows o k .. o k + k - 1 of B A, one after the other."""
     a, b = take_pair(module, slots, ("lora_A", "lora_B"), (0, 1))
     outputs, inputs, size = shape[0], shape[1], shape[2]
@@ -146,11 +131,6 @@ def _convolution(module: str, slots: dict[str, torch.Tensor], shape: tuple[int, 
             f"`{module}`: lora_A {list(a.shape)} and lora_B {list(b.shape)} do not fit an ungrouped convolution {list(shape)}",
             hint="grouped convolutions of loralib are not converted: merge them with loralib itself",
         )
+    hints.check_rank(module, rank)
     whole_a = torch.block_diag(*[a] * size).reshape(-1, inputs, size, size)
     return Layer(whole_a, b.reshape(outputs, -1, 1, 1), alpha / rank, CONV)
-
-
-def _check_rank(module: str, layer: Layer, rank: int | None, alpha: float) -> None:
-    found = round(alpha / layer.scale) if layer.scale else None
-    if rank is not None and found is not None and found != rank:
-        raise UsageError(f"`{module}` has rank {found}, {rank} was given", hint="leave --rank out")

@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
-from qlora_tools.adapters.formats.targets import baked, by_module, checked_fit, in_base, is_tied, kind_of, real_number, refuse_beyond_factors, take_pair
+from qlora_tools.adapters.formats.targets import baked, by_module, checked_fit, in_base, kind_of, real_number, refuse_beyond_factors, take_pair
 from qlora_tools.adapters.portable import EMBEDDING, Layer, Portable
-from qlora_tools.checkpoint.writer import SafetensorsWriter
+from qlora_tools.adapters.stored import NO_HINTS, Hints
+from qlora_tools.checkpoint.writer import write_tensors
 from qlora_tools.errors import CorruptError, IncompatibleError, MissingError, UnsupportedError, UsageError
-from qlora_tools.specs import spec_of
+from qlora_tools.models.family import family_of
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 _KEY = re.compile(r"(?P<module>.+(?<!\.weight))\.(?P<slot>lora_a|lora_b|m)")
@@ -33,15 +34,7 @@ def recognise(keys: Collection[str], metadata: Mapping[str, Any], config: Mappin
     return any((match := _KEY.fullmatch(key)) and match["slot"] != "m" for key in keys)
 
 
-def read(
-    tensors: Mapping[str, torch.Tensor],
-    *,
-    config: Mapping[str, Any] | None,
-    modules: Mapping[str, tuple[int, ...]] | None = None,
-    base_config: Mapping[str, Any] | None = None,
-    alpha: float | None = None,
-    rank: int | None = None,
-) -> Portable:
+def read(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any] | None = None, hints: Hints = NO_HINTS) -> Portable:
     """``config`` is the folder's ``adapter_config.json``; where it states no scale, ``alpha`` and the ranks give it.
 
     Raises:
@@ -51,19 +44,20 @@ def read(
     values = config or {}
     if values.get("fine_tune_type", "lora") not in ("lora", "dora"):
         raise UnsupportedError(f"fine_tune_type is {values['fine_tune_type']!r}: these are whole weights", hint="extract an adapter with `qlt extract`")
-    stated = _stated_scale(values, alpha)
+    stated = _stated_scale(values, hints.alpha)
     layers = {}
     for path, slots in by_module(tensors, _KEY, "MLX").items():
         if any(tensor.ndim == 3 for tensor in slots.values()):
             raise UnsupportedError(f"`{path}` adapts the experts of a mixture, which is not converted")
         a, b = take_pair(path, slots, ("lora_a", "lora_b"), (1, 0))
-        module = in_base(path, modules)
-        kind = kind_of(module, modules, base_config, (a.shape[0], b.shape[1]))
-        if kind == EMBEDDING and base_config is not None:
-            _refuse_tied(module, base_config)
-        scale = stated if stated is not None else real_number(alpha, "alpha") / a.shape[1]
+        hints.check_rank(path, a.shape[1])
+        module = in_base(path, hints.modules)
+        kind = kind_of(module, hints.modules, hints.base_config, (a.shape[0], b.shape[1]))
+        if kind == EMBEDDING and hints.base_config is not None:
+            _refuse_tied(module, hints.base_config)
+        scale = stated if stated is not None else real_number(hints.alpha, "alpha") / a.shape[1]
         layers[module] = Layer(a.T.contiguous(), b.T.contiguous(), scale, kind, magnitude=_magnitude(path, slots.pop("m", None), kind, b.shape[1]))
-    return Portable(checked_fit(layers, modules), base_name=_base_name(values))
+    return Portable(checked_fit(layers, hints.modules), base_name=_base_name(values))
 
 
 def write(portable: Portable, folder: Path, *, base_config: Mapping[str, Any] | None, dtype: str | None = None) -> None:
@@ -73,10 +67,7 @@ def write(portable: Portable, folder: Path, *, base_config: Mapping[str, Any] | 
         MissingError: the base's number of layers is unknown. UnsupportedError: what MLX cannot hold, or only some layers are DoRA.
     """
     config, tensors = render(portable, base_config=base_config)
-    writer = SafetensorsWriter(folder / WEIGHTS, [spec_of(name, tensor) for name, tensor in tensors.items()])
-    for name, tensor in tensors.items():
-        writer.write(name, tensor)
-    writer.close()
+    write_tensors(folder / WEIGHTS, tensors)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -132,7 +123,7 @@ def _stated_scale(values: Mapping[str, Any], alpha: float | None) -> float | Non
 
 def _refuse_tied(module: str, base_config: Mapping[str, Any]) -> None:
     """MLX has one module for both uses of a tied weight, and adapts both; PEFT adapts one."""
-    if is_tied(base_config):
+    if family_of(base_config).is_tied(base_config):
         raise UnsupportedError(
             f"`{module}` shares its weight with the other end of the model, and MLX cannot adapt one of the two", hint="merge the adapter into its base"
         )

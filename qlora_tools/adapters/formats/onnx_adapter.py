@@ -23,6 +23,7 @@ import torch
 
 from qlora_tools.adapters.formats.targets import baked, by_module, checked_fit, in_base, kind_of, narrowed, refuse_beyond_factors, take_pair
 from qlora_tools.adapters.portable import Layer, Portable
+from qlora_tools.adapters.stored import NO_HINTS, Hints
 from qlora_tools.errors import CorruptError, MissingError, UnsupportedError, UsageError
 from qlora_tools.specs import DTYPES, dtype_of
 from qlora_tools.specs import dtype as dtype_named
@@ -66,22 +67,14 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     return metadata, {name: _copied(path, name, value) for name, value in parameters.items()}
 
 
-def read(
-    tensors: Mapping[str, torch.Tensor],
-    *,
-    config: Mapping[str, Any] | None = None,
-    modules: Mapping[str, tuple[int, ...]] | None = None,
-    base_config: Mapping[str, Any] | None = None,
-    alpha: float | None = None,
-    rank: int | None = None,
-) -> Portable:
+def read(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any] | None = None, hints: Hints = NO_HINTS) -> Portable:
     """Tensors as :func:`load` gave them; the scale is in B already.
 
     Raises:
         UsageError: an alpha was given. IncompatibleError: keys left over or without partner, wrong base. UnsupportedError: names of
         another tool.
     """
-    if alpha is not None:
+    if hints.alpha is not None:
         raise UsageError("the scale of an .onnx_adapter is in its tensors, which no alpha changes", hint="leave --alpha out")
     foreign = [key for key in tensors if _FOREIGN.fullmatch(key)]
     if foreign:
@@ -89,10 +82,11 @@ def read(
     layers = {}
     for path, slots in by_module(tensors, _KEY, "ONNX").items():
         a, b = take_pair(path, slots, ("lora_A", "lora_B"), (1, 0))
-        module = in_base(path, modules)
-        kind = kind_of(module, modules, base_config, (a.shape[0], b.shape[1]))
+        hints.check_rank(path, a.shape[1])
+        module = in_base(path, hints.modules)
+        kind = kind_of(module, hints.modules, hints.base_config, (a.shape[0], b.shape[1]))
         layers[module] = Layer(a.T.contiguous(), b.T.contiguous(), 1.0, kind)
-    return Portable(checked_fit(layers, modules))
+    return Portable(checked_fit(layers, hints.modules))
 
 
 def write(portable: Portable, path: Path, *, base_config: Mapping[str, Any] | None = None, dtype: str | None = None) -> None:

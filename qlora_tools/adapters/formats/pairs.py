@@ -1,7 +1,7 @@
 """A pair of factors from a stranger's file, made into a layer: checked, squeezed to the shape that the base has.
 
-Owns the checks every image format shares: finite numbers of a float kind, ranks that agree, a sane alpha, shapes that fit.
-Leaves out names (``names.py``) and where the factors come from.
+Owns the checks every image format shares: ranks that agree, a sane alpha, shapes that fit. Leaves out the numbers themselves
+(``values.py``), names (``names.py``) and where the factors come from.
 
 Axes: O outputs, I inputs, R rank, k kernel axes.
 """
@@ -13,27 +13,12 @@ import math
 import torch
 
 from qlora_tools.adapters.portable import CONV, LINEAR, Layer
+from qlora_tools.adapters.values import checked
 from qlora_tools.errors import CorruptError, IncompatibleError, NonFiniteError, UnsupportedError
-
-_KEPT = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def checked(key: str, tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` when it holds finite floats; eight-bit floats come back as fp32, which holds them exactly.
-
-    Raises:
-        CorruptError: not a float tensor, or empty. NonFiniteError: NaN or infinity.
-    """
-    if not tensor.dtype.is_floating_point or tensor.numel() == 0:
-        raise CorruptError(f"`{key}` is {tensor.dtype} {list(tensor.shape)}, expected floats", hint="save the adapter again")
-    wide = tensor if tensor.dtype in _KEPT else tensor.float()
-    if not bool(torch.isfinite(wide).all()):
-        raise NonFiniteError(f"adapter tensor `{key}` holds NaN or infinity", hint="the training run diverged: use an earlier checkpoint")
-    return wide
 
 
 def factor(key: str, tensor: torch.Tensor) -> torch.Tensor:
-    """:func:`checked`, with two axes or more. Raises CorruptError for fewer."""
+    """``tensor`` checked (``values.py``), with two axes or more. Raises CorruptError for fewer."""
     if tensor.ndim < 2:
         raise CorruptError(f"`{key}` is {list(tensor.shape)}, expected a matrix", hint="save the adapter again")
     return checked(key, tensor)

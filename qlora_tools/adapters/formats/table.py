@@ -15,9 +15,8 @@ from typing import Any
 from qlora_tools.adapters.peft_keys import LORA, parse_key
 from qlora_tools.adapters.portable import Portable
 from qlora_tools.adapters.stored import Hints, StoredAdapter
-from qlora_tools.checkpoint.writer import SafetensorsWriter
+from qlora_tools.checkpoint.writer import write_tensors
 from qlora_tools.errors import UsageError
-from qlora_tools.specs import spec_of
 
 Components = Mapping[str, Portable]
 Write = Callable[[Components, Path, Hints], None]
@@ -44,7 +43,7 @@ def _image_format(name: str, write: Write | None = None) -> Format:
         return bool(_module(name).recognise(stored.specs.keys(), stored.metadata))
 
     def read(stored: StoredAdapter, hints: Hints) -> Components:
-        _refuse_alpha(stored, hints, f"{name} files")
+        _refuse_scale(stored, hints, f"{name} files")
         found: Components = _module(name).read(stored.tensors, stored.metadata, hints.modules, component=hints.component)
         return found
 
@@ -61,15 +60,16 @@ def _language_format(name: str, write: Write | None = None, *, own_file: bool = 
 
     def read(stored: StoredAdapter, hints: Hints) -> Components:
         config, tensors = _module(name).load(stored.path) if own_file else (stored.config, stored.tensors)
-        found: Portable = _module(name).read(tensors, config=config, modules=hints.modules, base_config=hints.base_config, alpha=hints.alpha)
+        found: Portable = _module(name).read(tensors, config, hints)
         return {"": found}
 
     return Format(recognise, read, write)
 
 
-def _refuse_alpha(stored: StoredAdapter, hints: Hints, who: str) -> None:
-    if hints.alpha is not None:
-        raise UsageError(f"{stored.path}: alpha {hints.alpha:g} was given, but {who} state it themselves", hint="leave --alpha out")
+def _refuse_scale(stored: StoredAdapter, hints: Hints, who: str) -> None:
+    for option, value in (("alpha", hints.alpha), ("rank", hints.rank)):
+        if value is not None:
+            raise UsageError(f"{stored.path}: {option} {value:g} was given, but {who} state it themselves", hint=f"leave --{option} out")
 
 
 def _is_peft(stored: StoredAdapter) -> bool:
@@ -87,8 +87,8 @@ def _read_peft(stored: StoredAdapter, hints: Hints) -> Components:
     from qlora_tools.adapters import portable_peft
 
     if stored.config is not None:
-        _refuse_alpha(stored, hints, "adapter_config.json")
-    content = stored.config if stored.config is not None else portable_peft.config_of_shapes(stored.specs, hints.alpha, str(stored.path))
+        _refuse_scale(stored, hints, "adapter_config.json")
+    content = stored.config if stored.config is not None else portable_peft.config_of_shapes(stored.specs, hints, str(stored.path))
     return {"": portable_peft.read(content, stored.tensors, str(stored.path))}
 
 
@@ -101,13 +101,13 @@ def _write_peft(components: Components, folder: Path, hints: Hints) -> None:
 def _write_kohya(components: Components, folder: Path, hints: Hints) -> None:
     named = {name or hints.component or "unet": portable for name, portable in components.items()}
     tensors, metadata = _module("kohya").write(named, modules=hints.modules)
-    _save(folder / "adapter.safetensors", tensors, metadata)
+    write_tensors(folder / "adapter.safetensors", tensors, {"format": "pt", **metadata})
 
 
 def _write_diffusers(components: Components, folder: Path, hints: Hints) -> None:
     named = {name or hints.component or "": portable for name, portable in components.items()}
     tensors, metadata = _module("diffusers").write(named)
-    _save(folder / "pytorch_lora_weights.safetensors", tensors, metadata)
+    write_tensors(folder / "pytorch_lora_weights.safetensors", tensors, {"format": "pt", **metadata})
 
 
 def _write_gguf(components: Components, folder: Path, hints: Hints) -> None:
@@ -127,16 +127,6 @@ def only(components: Components, name: str) -> Portable:
     if len(components) != 1:
         raise UsageError(f"{name} holds one model, the adapter has {', '.join(sorted(components))}", hint="choose one with --component")
     return next(iter(components.values()))
-
-
-def _save(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
-    writer = SafetensorsWriter(path, [spec_of(key, value) for key, value in tensors.items()], {"format": "pt", **metadata})
-    try:
-        for key, value in tensors.items():
-            writer.write(key, value)
-        writer.close()
-    finally:
-        writer.abort()
 
 
 FORMATS: Mapping[str, Format] = {

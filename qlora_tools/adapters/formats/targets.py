@@ -15,16 +15,14 @@ from typing import Any
 
 import torch
 
-from qlora_tools.adapters.formats.pairs import checked
 from qlora_tools.adapters.portable import EMBEDDING, LINEAR, Layer, Portable
+from qlora_tools.adapters.values import checked
 from qlora_tools.errors import CorruptError, IncompatibleError, NonFiniteError, UnsupportedError
 from qlora_tools.models.family import family_of
 from qlora_tools.names import natural_key, nearest, shortened
 from qlora_tools.specs import dtype_of
 
 _EMBEDDINGS = frozenset({"embed_tokens", "wte", "wpe", "embed_in", "word_embeddings", "tok_embeddings", "token_embeddings", "embeddings"})
-#: Families whose config leaves ``tie_word_embeddings`` out when it is true.
-_TIED_BY_DEFAULT = frozenset({"gemma", "gemma2", "gemma3", "gemma3_text", "gpt2"})
 _PREFIXES = ("model.", "transformer.", "base_model.", "language_model.")
 
 
@@ -142,11 +140,6 @@ def baked(b: torch.Tensor, scale: float) -> torch.Tensor:
     product = b.float() * scale
     narrow = product.to(b.dtype)
     return narrow if torch.equal(narrow.float(), product) else product
-
-
-def is_tied(base_config: Mapping[str, Any]) -> bool:
-    """Whether the base's head and embedding are one weight."""
-    return bool(base_config.get("tie_word_embeddings", base_config.get("model_type") in _TIED_BY_DEFAULT))
 
 
 def narrowed(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -17,6 +17,7 @@ import torch
 from qlora_tools.adapters.formats.rope_order import head_counts, pairs_to_halves
 from qlora_tools.adapters.formats.targets import block_diagonal, by_module, checked_fit, in_base, real_number, take_pair
 from qlora_tools.adapters.portable import EMBEDDING, LINEAR, Layer, Portable
+from qlora_tools.adapters.stored import NO_HINTS, Hints
 from qlora_tools.errors import IncompatibleError, MissingError, UnsupportedError, UsageError
 
 _KEY = re.compile(r"(?P<module>.+)\.(?P<slot>lora_a\.weight|lora_b\.weight|magnitude)")
@@ -49,29 +50,20 @@ def recognise(keys: Collection[str], metadata: Mapping[str, Any], config: Mappin
     return any(key.endswith((f".{_A}", f".{_B}")) for key in keys)
 
 
-def read(
-    tensors: Mapping[str, torch.Tensor],
-    *,
-    config: Mapping[str, Any] | None,
-    modules: Mapping[str, tuple[int, ...]] | None = None,
-    base_config: Mapping[str, Any] | None = None,
-    alpha: float | None = None,
-    rank: int | None = None,
-) -> Portable:
+def read(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any] | None = None, hints: Hints = NO_HINTS) -> Portable:
     """``base_config`` is required: it tells the family, and with it the order of rows.
 
     Raises:
         MissingError: no base. UsageError: no alpha, or one that contradicts the config. IncompatibleError: keys left over or
         without partner, wrong base. UnsupportedError: a family whose row order is not known.
     """
-    family = _family(base_config)
-    value = _alpha(config or {}, alpha)
+    family = _family(hints.base_config)
+    value = _alpha(config or {}, hints.alpha)
     parts: dict[str, dict[int, Layer]] = {}
     layers: dict[str, Layer] = {}
     for path, slots in by_module(tensors, _KEY, "torchtune").items():
         a, b = take_pair(path, slots, (_A, _B), (0, 1))
-        if rank is not None and rank != a.shape[0]:
-            raise UsageError(f"`{path}` has rank {a.shape[0]}, {rank} was given", hint="leave --rank out")
+        hints.check_rank(path, a.shape[0])
         magnitude = slots.pop("magnitude", None)
         if magnitude is not None and magnitude.shape != b.shape[:1]:
             raise IncompatibleError(f"`{path}.magnitude` is {list(magnitude.shape)}, expected [{b.shape[0]}]")
@@ -82,11 +74,11 @@ def read(
             parts.setdefault(f"model.layers.{match[1]}.{fused}", {})[place] = layer
             continue
         if family in _PAIRED and match and match[2] in ("attn.q_proj", "attn.k_proj"):
-            layer = _in_halves(layer, head_counts(base_config, "torchtune")[match[2] == "attn.k_proj"])
-        layers[in_base(_hf_name(path, match), modules)] = layer
+            layer = _in_halves(layer, head_counts(hints.base_config, "torchtune")[match[2] == "attn.k_proj"])
+        layers[in_base(_hf_name(path, match), hints.modules)] = layer
     for module, found in parts.items():
-        layers[in_base(module, modules)] = _fuse(module, found, base_config or {})
-    return Portable(checked_fit(layers, modules), base_name=_base_name(config or {}))
+        layers[in_base(module, hints.modules)] = _fuse(module, found, hints.base_config or {})
+    return Portable(checked_fit(layers, hints.modules), base_name=_base_name(config or {}))
 
 
 def _family(base_config: Mapping[str, Any] | None) -> str:

@@ -93,7 +93,7 @@ def _with_reference(common: Shared, models: list[str], reference: str | None) ->
         same = [
             item
             for item in exports
-            if all(item.get(field) == last.get(field) for field in ("model", "base", "adapters", "onto")) and Path(item["path"]).is_dir()
+            if all(item.get(field) == last.get(field) for field in ("model", "base", "adapters", "target")) and Path(item["path"]).is_dir()
         ]
         models = [item["path"] for item in same]
         common.screen.remark(f"using {', '.join(models)}")
@@ -115,7 +115,7 @@ def _fp32_beside(common: Shared, model: str, exports: list[dict[str, Any]]) -> s
     for item in exports:
         if (
             item["scheme"] == "fp32"
-            and all(item.get(field) == own.get(field) for field in ("model", "base", "adapters", "onto"))
+            and all(item.get(field) == own.get(field) for field in ("model", "base", "adapters", "target"))
             and Path(item["path"]).is_dir()
         ):
             return str(item["path"])
@@ -127,7 +127,7 @@ def _fp32_beside(common: Shared, model: str, exports: list[dict[str, Any]]) -> s
         model=own["model"],
         base=own["base"],
         adapters=[(path, weight) for path, weight in own["adapters"]],
-        onto=own.get("onto"),
+        target=own.get("target"),
         scheme="fp32",
         output=dest,
         progress=common.screen.progress,

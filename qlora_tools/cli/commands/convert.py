@@ -20,6 +20,7 @@ EPILOG = examples(
 @click.option("--base", metavar="MODEL", help="The model it belongs to; formats whose names depend on it need one.")
 @click.option("--format", "format_name", metavar="NAME", help="Read it as this format instead of recognising it.")
 @click.option("--alpha", type=float, metavar="N", help="Alpha as it was in training, for files that store none.")
+@click.option("--rank", type=click.IntRange(min=1), metavar="N", help="Rank as it was in training: refused where a file without configuration says another.")
 @click.option("--component", metavar="NAME", help="Which model of several to take, or what the one there is shall be called (unet, text_encoder).")
 @click.option("--allow-pickle", is_flag=True, help="Read torch's .bin and .pt files; do this for files you trust.")
 @shared

@@ -25,16 +25,15 @@ EPILOG = examples(
 @click.option("--base", metavar="MODEL", help="The model it belongs to: names, shapes and starting points are checked against it, its hashes are kept.")
 @click.option("--format", "format_name", metavar="NAME", help="Read it as this format instead of recognising it.")
 @click.option("--alpha", type=float, metavar="N", help="Alpha as it was in training, for files that store none.")
+@click.option("--rank", type=click.IntRange(min=1), metavar="N", help="Rank as it was in training: refused where a file without configuration says another.")
 @click.option("--component", metavar="NAME", help="Which model of several that one file adapts, such as unet or text_encoder.")
 @click.option("--allow-pickle", is_flag=True, help="Read torch's .bin and .pt files; do this for files you trust.")
 @shared
-def command(common: Shared, source: str, base: str | None, format_name: str | None, alpha: float | None, component: str | None, allow_pickle: bool) -> None:
+def command(common: Shared, source: str, base: str | None, **choices: object) -> None:
     """Bring in an adapter of any known format (folder, file or hub id) as a PEFT folder."""
     from qlora_tools import api
 
-    result = api.import_adapter(
-        source=source, base=base, format_name=format_name, alpha=alpha, component=component, allow_pickle=allow_pickle, **common.arguments
-    )
+    result = api.import_adapter(source=source, base=base, **choices, **common.arguments)  # type: ignore[arg-type]
     screen = common.screen
     _show(common, result)
     if not result.dry_run:

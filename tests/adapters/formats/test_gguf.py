@@ -12,9 +12,10 @@ import torch
 
 from qlora_tools.adapters.formats import gguf, gguf_file
 from qlora_tools.adapters.formats.rope_order import halves_to_pairs, pairs_to_halves
-from qlora_tools.adapters.formats.targets import is_tied
 from qlora_tools.adapters.portable import CONV, Layer, Portable
+from qlora_tools.adapters.stored import Hints
 from qlora_tools.errors import CorruptError, IncompatibleError, MissingError, NonFiniteError, QltError, UnsupportedError, UsageError
+from qlora_tools.models.family import family_of
 from tests.adapters.formats.references import HEADS, KV_HEADS, LLAMA, LLAMA_MODULES, delta, portable, random, worst
 
 Q = "model.layers.1.self_attn.q_proj"
@@ -29,7 +30,7 @@ def written(adapter: Portable, folder: Path, base=LLAMA, **options) -> Path:
 def read_back(path: Path, base=LLAMA, modules=LLAMA_MODULES) -> Portable:
     values, tensors = gguf.load(path)
     assert gguf.recognise(tensors.keys(), values)
-    return gguf.read(tensors, config=values, modules=modules, base_config=base)
+    return gguf.read(tensors, values, Hints(modules=modules, base_config=base))
 
 
 def runtime_deltas(path: Path) -> dict[str, np.ndarray]:
@@ -174,7 +175,7 @@ def test_every_name_is_the_one_that_the_package_maps() -> None:
         table = gguf_package.get_tensor_name_map(architectures[model.architecture], 4)
         for module, name in model.names.items():
             mapped = table.get_name(module.format(3))
-            assert mapped == name.format(3) or (mapped is None and name == "output" and is_tied({"model_type": model_type})), (model_type, module)
+            assert mapped == name.format(3) or (mapped is None and name == "output" and family_of({"model_type": model_type}).is_tied({})), (model_type, module)
 
 
 def test_the_header_is_what_the_package_reads(tmp_path: Path) -> None:
@@ -323,20 +324,20 @@ def values_and_tensors() -> tuple[dict, dict]:
 def test_hostile_content_is_refused_by_name(values: dict, tensors: dict, error: type, named: str) -> None:
     own_values, own_tensors = values_and_tensors()
     with pytest.raises(error, match=named):
-        gguf.read(own_tensors | tensors, config=own_values | values, base_config=LLAMA)
+        gguf.read(own_tensors | tensors, own_values | values, Hints(base_config=LLAMA))
 
 
 def test_an_alpha_that_contradicts_the_file_is_refused() -> None:
     values, tensors = values_and_tensors()
     with pytest.raises(UsageError, match="states alpha 6"):
-        gguf.read(tensors, config=values, base_config=LLAMA, alpha=16)
-    gguf.read(tensors, config=values, base_config=LLAMA, alpha=6)
+        gguf.read(tensors, values, Hints(base_config=LLAMA, alpha=16))
+    gguf.read(tensors, values, Hints(base_config=LLAMA, alpha=6))
 
 
 def test_a_file_without_alpha_has_scale_one() -> None:
     values, tensors = values_and_tensors()
     del values[ALPHA]
-    assert gguf.read(tensors, config=values, base_config=LLAMA).layers[Q].scale == 1.0
+    assert gguf.read(tensors, values, Hints(base_config=LLAMA)).layers[Q].scale == 1.0
 
 
 def container(values: bytes = b"", entries: bytes = b"", data: bytes = b"", counts=(0, 0), version=3) -> bytes:
@@ -403,7 +404,7 @@ def test_every_truncation_and_many_flips_end_in_our_own_errors(tmp_path: Path) -
         path.write_bytes(raw)
         try:
             values, tensors = gguf.load(path)
-            gguf.read(tensors, config=values, base_config=LLAMA, modules=LLAMA_MODULES)
+            gguf.read(tensors, values, Hints(base_config=LLAMA, modules=LLAMA_MODULES))
         except QltError:
             refused += 1
     assert refused > 0.8 * len(broken)

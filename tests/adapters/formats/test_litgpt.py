@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qlora_tools.adapters.formats import litgpt
+from qlora_tools.adapters.stored import Hints
 from qlora_tools.errors import IncompatibleError, MissingError, UnsupportedError, UsageError
 from tests.adapters.formats.references import HEAD_SIZE, HEADS, KV_HEADS, LLAMA, LLAMA_MODULES, delta, random
 
@@ -19,7 +20,7 @@ def fused(path: str, parts: tuple[int, ...], rows: tuple[int, ...] = ROWS, input
 
 
 def read(tensors: dict, config: dict | None = None, base: dict | None = LLAMA, modules: dict | None = LLAMA_MODULES, alpha: float | None = 6.0, **more):
-    return litgpt.read(tensors, config=config, modules=modules, base_config=base, alpha=alpha, **more)
+    return litgpt.read(tensors, config, Hints(modules=modules, base_config=base, alpha=alpha, **more))
 
 
 def grouped_product(tensors: dict, path: str, parts: tuple[int, ...], rows: tuple[int, ...], scale: float = 2.0) -> list[torch.Tensor]:
@@ -128,7 +129,7 @@ def test_nothing_is_guessed_about_alpha_or_the_base() -> None:
         read(tensors, {"lora_alpha": 16})
     with pytest.raises(UsageError, match="alpha is 0"):
         read(tensors, alpha=0.0)
-    with pytest.raises(UsageError, match="rank 8"):
+    with pytest.raises(UsageError, match="has rank 3, 8 was given"):
         read(tensors, rank=8)
     with pytest.raises(MissingError, match="base's config"):
         read(tensors, base=None)

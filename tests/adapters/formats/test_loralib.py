@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from qlora_tools.adapters.formats import loralib
 from qlora_tools.adapters.portable import CONV, EMBEDDING
+from qlora_tools.adapters.stored import Hints
 from qlora_tools.errors import IncompatibleError, NonFiniteError, UnsupportedError, UsageError
 from tests.adapters.formats.references import delta, random
 
@@ -20,7 +21,7 @@ def pair(module: str, a: tuple[int, int], b: tuple[int, int]) -> dict[str, torch
 
 
 def read(tensors: dict, modules: dict | None = None, config: dict | None = None, base: dict | None = None, alpha: float | None = ALPHA, **more):
-    return loralib.read(tensors, config=config, modules=modules, base_config=base, alpha=alpha, **more)
+    return loralib.read(tensors, config, Hints(modules=modules, base_config=base, alpha=alpha, **more))
 
 
 def merged_delta(a: torch.Tensor, b: torch.Tensor, enabled: list[bool], outputs: int) -> torch.Tensor:
@@ -103,6 +104,14 @@ def test_a_convolution_applies_as_its_two_factors_do() -> None:
 def test_other_convolutions_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(UnsupportedError, match="convolution"):
         read(pair("conv1", (RANK * 3, 18), (30, RANK * 3)), {"conv1": shape})
+
+
+def test_a_convolution_s_rank_is_told_by_the_base_and_without_it_the_rank_given_shows_the_mistake() -> None:
+    tensors = pair("conv1", (RANK * 3, 18), (30, RANK * 3))
+    assert read(tensors, {"conv1": (10, 6, 3, 3)}, rank=RANK).layers["conv1"].kind == CONV
+    with pytest.raises(UsageError, match="rank 12, 4 was given") as caught:
+        read(tensors, rank=RANK)
+    assert "--base" in (caught.value.hint or "")
 
 
 def test_biases_replace_those_of_the_base() -> None:

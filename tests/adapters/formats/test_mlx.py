@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from qlora_tools.adapters.formats import gguf, litgpt, loralib, mlx, onnx_adapter, torchtune
 from qlora_tools.adapters.portable import EMBEDDING, Layer, Portable
+from qlora_tools.adapters.stored import Hints
 from qlora_tools.errors import CorruptError, IncompatibleError, MissingError, NonFiniteError, UnsupportedError, UsageError
 from tests.adapters.formats.references import LLAMA, LLAMA_MODULES, delta, portable, random, worst
 
@@ -21,7 +22,7 @@ PAIR = {f"{Q}.lora_a": random(20, 3), f"{Q}.lora_b": random(3, 24)}
 
 def test_the_update_is_what_the_forward_pass_adds() -> None:
     x = random(5, 20, seed=9).double()
-    adapter = mlx.read(PAIR, config=CONFIG, modules=LLAMA_MODULES, base_config=LLAMA)
+    adapter = mlx.read(PAIR, CONFIG, Hints(modules=LLAMA_MODULES, base_config=LLAMA))
     added = 20.0 * (x @ PAIR[f"{Q}.lora_a"].double()) @ PAIR[f"{Q}.lora_b"].double()
     torch.testing.assert_close(x @ delta(adapter.layers[Q]).T, added, rtol=1e-12, atol=1e-10)
     assert adapter.base_name == "org/base"
@@ -31,13 +32,13 @@ def test_an_embedding_adds_the_token_s_row() -> None:
     name = "model.embed_tokens"
     tensors = {f"{name}.lora_a": random(33, 3), f"{name}.lora_b": random(3, 20)}
     for modules, base in ((LLAMA_MODULES, LLAMA), (None, None)):
-        layer = mlx.read(tensors, config=CONFIG, modules=modules, base_config=base).layers[name]
+        layer = mlx.read(tensors, CONFIG, Hints(modules=modules, base_config=base)).layers[name]
         assert layer.kind == EMBEDDING
         torch.testing.assert_close(delta(layer), 20.0 * tensors[f"{name}.lora_a"].double() @ tensors[f"{name}.lora_b"].double())
 
 
 def test_dora_lengths_are_peft_s_magnitudes() -> None:
-    adapter = mlx.read(PAIR | {f"{Q}.m": random(24)}, config=CONFIG | {"fine_tune_type": "dora"}, modules=LLAMA_MODULES)
+    adapter = mlx.read(PAIR | {f"{Q}.m": random(24)}, CONFIG | {"fine_tune_type": "dora"}, Hints(modules=LLAMA_MODULES))
     weight, x = random(24, 20, seed=4).double(), random(5, 20, seed=9).double()
     layer = adapter.layers[Q]
     a, b, m = (tensor.double() for tensor in (PAIR[f"{Q}.lora_a"], PAIR[f"{Q}.lora_b"], random(24)))
@@ -53,7 +54,7 @@ def test_a_written_folder_is_read_back_exactly(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["num_layers"] == 2 and config["lora_parameters"]["scale"] == 1.5
     assert "self_attn.q_proj" in config["lora_parameters"]["keys"] and "lm_head" in config["lora_parameters"]["keys"]
-    back = mlx.read(load_file(tmp_path / "adapters.safetensors"), config=config, modules=LLAMA_MODULES, base_config=LLAMA)
+    back = mlx.read(load_file(tmp_path / "adapters.safetensors"), config, Hints(modules=LLAMA_MODULES, base_config=LLAMA))
     assert worst(back, adapter) == 0 and back.base_name == "org/base"
 
 
@@ -63,7 +64,7 @@ def test_scales_that_differ_are_baked_in(tmp_path: Path) -> None:
     mlx.write(adapter, tmp_path, base_config=LLAMA)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["lora_parameters"]["scale"] == 1.0 and config["lora_parameters"]["rank"] == 4
-    assert worst(mlx.read(load_file(tmp_path / "adapters.safetensors"), config=config, modules=LLAMA_MODULES, base_config=LLAMA), adapter) < 1e-6
+    assert worst(mlx.read(load_file(tmp_path / "adapters.safetensors"), config, Hints(modules=LLAMA_MODULES, base_config=LLAMA)), adapter) < 1e-6
 
 
 def test_dora_is_written_for_all_layers_or_not_at_all(tmp_path: Path) -> None:
@@ -95,35 +96,35 @@ def test_dora_is_written_for_all_layers_or_not_at_all(tmp_path: Path) -> None:
 )
 def test_hostile_content_is_refused_by_name(tensors: dict, error: type | None, named: str) -> None:
     if error is None:  # the other way round: a base that stores inputs first may look so
-        mlx.read(PAIR | tensors, config=CONFIG, modules=LLAMA_MODULES)
+        mlx.read(PAIR | tensors, CONFIG, Hints(modules=LLAMA_MODULES))
         return
     with pytest.raises(error, match=named):
-        mlx.read(PAIR | tensors, config=CONFIG, modules=LLAMA_MODULES)
+        mlx.read(PAIR | tensors, CONFIG, Hints(modules=LLAMA_MODULES))
 
 
 def test_a_scale_is_never_guessed() -> None:
     with pytest.raises(UsageError, match="no scale is stated"):
-        mlx.read(PAIR, config=None)
-    assert mlx.read(PAIR, config=None, alpha=6).layers[Q].scale == 2.0
+        mlx.read(PAIR, None)
+    assert mlx.read(PAIR, None, Hints(alpha=6)).layers[Q].scale == 2.0
     with pytest.raises(UsageError, match="states the scale 20"):
-        mlx.read(PAIR, config=CONFIG, alpha=6)
+        mlx.read(PAIR, CONFIG, Hints(alpha=6))
     for bad in ("20", None, float("inf"), True):
         with pytest.raises(CorruptError, match="scale"):
-            mlx.read(PAIR, config={"lora_parameters": {"scale": bad}})
+            mlx.read(PAIR, {"lora_parameters": {"scale": bad}})
     with pytest.raises(CorruptError, match="lora_parameters"):
-        mlx.read(PAIR, config={"lora_parameters": [1]})
+        mlx.read(PAIR, {"lora_parameters": [1]})
 
 
 def test_whole_models_and_foreign_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="whole weights"):
-        mlx.read(PAIR, config=CONFIG | {"fine_tune_type": "full"})
+        mlx.read(PAIR, CONFIG | {"fine_tune_type": "full"})
     with pytest.raises(UnsupportedError, match=r"transformer\.h"):
         mlx.write(portable({"transformer.h.0.attn.c_attn": (24, 8)}), tmp_path, base_config=LLAMA)
     with pytest.raises(MissingError, match="number of layers"):
         mlx.write(portable({Q: LLAMA_MODULES[Q]}), tmp_path, base_config=None)
     name = "model.embed_tokens"
     with pytest.raises(UnsupportedError, match="embedding with DoRA"):
-        mlx.read({f"{name}.lora_a": random(33, 3), f"{name}.lora_b": random(3, 20), f"{name}.m": random(33)}, config=CONFIG)
+        mlx.read({f"{name}.lora_a": random(33, 3), f"{name}.lora_b": random(3, 20), f"{name}.m": random(33)}, CONFIG)
 
 
 def test_one_side_of_a_tied_weight_is_refused_both_ways(tmp_path: Path) -> None:
@@ -132,7 +133,7 @@ def test_one_side_of_a_tied_weight_is_refused_both_ways(tmp_path: Path) -> None:
         with pytest.raises(UnsupportedError, match="shares its weight"):
             mlx.write(portable({module: LLAMA_MODULES[module]}), tmp_path, base_config=tied)
     with pytest.raises(UnsupportedError, match="shares its weight"):
-        mlx.read({f"{name}.lora_a": random(33, 3), f"{name}.lora_b": random(3, 20)}, config=CONFIG, base_config=tied)
+        mlx.read({f"{name}.lora_a": random(33, 3), f"{name}.lora_b": random(3, 20)}, CONFIG, Hints(base_config=tied))
 
 
 #: Keys (and metadata) of each format as its own tool writes them.

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper
 
 from qlora_tools.adapters.formats import onnx_adapter
 from qlora_tools.adapters.portable import CONV, EMBEDDING, Layer, Portable
+from qlora_tools.adapters.stored import Hints
 from qlora_tools.errors import CorruptError, IncompatibleError, MissingError, UnsupportedError, UsageError
 from tests.adapters.formats.references import LLAMA, LLAMA_MODULES, delta, portable, random, worst
 
@@ -25,7 +26,7 @@ def round_trip(adapter: Portable, folder: Path, **options) -> Portable:
     onnx_adapter.write(adapter, folder / "a.onnx_adapter", **options)
     metadata, tensors = onnx_adapter.load(folder / "a.onnx_adapter")
     assert onnx_adapter.recognise(tensors.keys(), metadata)
-    return onnx_adapter.read(tensors, modules=LLAMA_MODULES, base_config=LLAMA)
+    return onnx_adapter.read(tensors, hints=Hints(modules=LLAMA_MODULES, base_config=LLAMA))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -103,7 +104,7 @@ def test_other_exporters_names_and_alphas_are_refused() -> None:
         with pytest.raises(UnsupportedError, match="another exporter"):
             onnx_adapter.read({name: random(20, 3)})
     with pytest.raises(UsageError, match="no alpha changes"):
-        onnx_adapter.read(pair, alpha=16)
+        onnx_adapter.read(pair, hints=Hints(alpha=16))
     with pytest.raises(IncompatibleError, match="mystery"):
         onnx_adapter.read(pair | {"mystery": random(3)})
     with pytest.raises(IncompatibleError, match="no lora_B"):

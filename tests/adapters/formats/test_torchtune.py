@@ -7,6 +7,7 @@ import torch
 
 from qlora_tools.adapters.formats import torchtune
 from qlora_tools.adapters.portable import EMBEDDING
+from qlora_tools.adapters.stored import Hints
 from qlora_tools.errors import IncompatibleError, MissingError, UnsupportedError, UsageError
 from tests.adapters.formats.references import HEAD_SIZE, HEADS, KV_HEADS, LLAMA, LLAMA_MODULES, delta, random
 
@@ -22,7 +23,7 @@ QUERY_KEY = pair(Q, 24) | pair(K, 12, seed=5)
 
 
 def read(tensors: dict, base: dict | None = LLAMA, modules: dict | None = LLAMA_MODULES, config: dict | None = CONFIG, **more):
-    return torchtune.read(tensors, config=config, modules=modules, base_config=base, **more)
+    return torchtune.read(tensors, config, Hints(modules=modules, base_config=base, **more))
 
 
 def rotated_in_pairs(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 _SELF = Path("/proc/self")
+_SLACK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,13 @@ class Reading:
 
 def read_memory(folder: Path = _SELF) -> Reading:
     """Read the kernel's counters. ``folder`` is a ``/proc/<pid>``."""
-    status = _kilobytes(folder / "status")
+    status = counters(folder / "status")
     return Reading(
         peak_bytes=status.get("VmHWM"),
         rss_bytes=status.get("VmRSS"),
         anon_bytes=status.get("RssAnon"),
         file_bytes=status.get("RssFile"),
-        pss_bytes=_kilobytes(folder / "smaps_rollup").get("Pss"),
+        pss_bytes=counters(folder / "smaps_rollup").get("Pss"),
     )
 
 
@@ -54,11 +55,8 @@ def reset_peak(folder: Path = _SELF) -> bool:
     return after.peak_bytes < before.peak_bytes or before.peak_bytes - before.rss_bytes < _SLACK_BYTES
 
 
-_SLACK_BYTES = 1 << 20
-
-
-def _kilobytes(path: Path) -> dict[str, int]:
-    """``Name:  123 kB`` lines as bytes; empty where the file cannot be read."""
+def counters(path: Path) -> dict[str, int]:
+    """``Name:  123 kB`` lines of a file that Linux keeps, as bytes; empty where it cannot be read."""
     try:
         lines = path.read_text().splitlines()
     except OSError:

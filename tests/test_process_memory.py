@@ -2,7 +2,7 @@ import sys
 
 import pytest
 
-from qlora_tools.bench.memory import read_memory, reset_peak
+from qlora_tools.process_memory import read_memory, reset_peak
 
 STATUS = "Name:\tx\nVmPeak:\t  99 kB\nVmHWM:\t    2048 kB\nVmRSS:\t    1024 kB\nRssAnon:\t     600 kB\nRssFile:\t     424 kB\nThreads:\t1\n"
 

@@ -1,0 +1,49 @@
+"""How pictures look, and how a figure becomes a PNG: for every drawing of the package that is a file.
+
+Through matplotlib's object interface, so no window system is touched and no global figure is left behind; a PNG holds no date and no version,
+so equal data give equal bytes. matplotlib is imported by those who draw. Left out: what is drawn.
+"""
+
+from __future__ import annotations
+
+import io
+from contextlib import AbstractContextManager
+from typing import Any
+
+BLUE, ORANGE, TEAL, PURPLE, GOLD, ROSE = "#2a6fdb", "#c2571a", "#1b9e8a", "#8a4fbf", "#b8860b", "#d0457e"
+COLOURS = (BLUE, ORANGE, TEAL, PURPLE, GOLD, ROSE)
+GREY, INK = "#9a9992", "#1d1d1b"
+_STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.grid": True,
+    "grid.color": "#e5e4df",
+    "axes.axisbelow": True,
+    "agg.path.chunksize": 10_000,  # a long noisy line overflows the renderer in one piece
+}
+
+
+def styled() -> AbstractContextManager[None]:
+    """Inside the block matplotlib draws in this style; make the figure, draw and call :func:`png` there."""
+    from matplotlib import rc_context
+
+    return rc_context(_STYLE)
+
+
+def new_figure(width_inches: float, height_inches: float) -> Any:
+    """An empty figure with a canvas of its own."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width_inches, height_inches), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def png(figure: Any, dpi: int) -> bytes:
+    """The figure as a file's content."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=dpi, metadata={"Software": None})
+    return image.getvalue()
