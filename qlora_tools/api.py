@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from qlora_tools.bench.record import Workload
     from qlora_tools.demo.flow import DemoResult, demo
     from qlora_tools.stages.extract import ExtractConfig
+    from qlora_tools.stages.init_adapter import InitConfig
     from qlora_tools.training.config import TrainConfig
+    from qlora_tools.training.distill_config import RefineConfig
     from qlora_tools.verbs.adapters import (
         ComparedAdapters,
         ComparedLayer,
@@ -28,15 +30,19 @@ if TYPE_CHECKING:
         sum_adapters,
     )
     from qlora_tools.verbs.bench import BenchResult, bench, layers_of
+    from qlora_tools.verbs.calibrate import CalibrateResult, HeardInput, calibrate
     from qlora_tools.verbs.convert import ConvertResult, convert
     from qlora_tools.verbs.doctor import Check, Diagnosis, doctor
     from qlora_tools.verbs.evaluate import EvalResult, Judged, evaluate
     from qlora_tools.verbs.export import ExportResult, export
     from qlora_tools.verbs.extract import ExtractResult, extract
+    from qlora_tools.verbs.heal import HealConfig
     from qlora_tools.verbs.import_adapter import ImportResult, import_adapter
+    from qlora_tools.verbs.init import InitResult, init
     from qlora_tools.verbs.inspect import Group, Inspection, inspect
-    from qlora_tools.verbs.merge import MergeResult, TensorRetention, merge
+    from qlora_tools.verbs.merge import MergeConfig, MergeResult, TensorRetention, merge
     from qlora_tools.verbs.quantize import QuantizeResult, quantize
+    from qlora_tools.verbs.refine import RefineReport, RefineResult, refine
     from qlora_tools.verbs.syntax import JudgedSyntax, SyntaxResult, evaluate_syntax
     from qlora_tools.verbs.train import TrainReport, TrainResult, train
 
@@ -47,7 +53,9 @@ _HOMES = {
         "demo",
     ),
     "qlora_tools.stages.extract": ("ExtractConfig",),
+    "qlora_tools.stages.init_adapter": ("InitConfig",),
     "qlora_tools.training.config": ("TrainConfig",),
+    "qlora_tools.training.distill_config": ("RefineConfig",),
     "qlora_tools.verbs.adapters": (
         "ComparedAdapters",
         "ComparedLayer",
@@ -63,6 +71,11 @@ _HOMES = {
         "BenchResult",
         "bench",
         "layers_of",
+    ),
+    "qlora_tools.verbs.calibrate": (
+        "CalibrateResult",
+        "HeardInput",
+        "calibrate",
     ),
     "qlora_tools.verbs.convert": (
         "ConvertResult",
@@ -90,12 +103,18 @@ _HOMES = {
         "ImportResult",
         "import_adapter",
     ),
+    "qlora_tools.verbs.init": (
+        "InitResult",
+        "init",
+    ),
     "qlora_tools.verbs.inspect": (
         "Group",
         "Inspection",
         "inspect",
     ),
+    "qlora_tools.verbs.heal": ("HealConfig",),
     "qlora_tools.verbs.merge": (
+        "MergeConfig",
         "MergeResult",
         "TensorRetention",
         "merge",
@@ -103,6 +122,11 @@ _HOMES = {
     "qlora_tools.verbs.quantize": (
         "QuantizeResult",
         "quantize",
+    ),
+    "qlora_tools.verbs.refine": (
+        "RefineReport",
+        "RefineResult",
+        "refine",
     ),
     "qlora_tools.verbs.syntax": (
         "JudgedSyntax",
@@ -118,6 +142,7 @@ _HOMES = {
 
 __all__ = [
     "BenchResult",
+    "CalibrateResult",
     "Check",
     "ComparedAdapters",
     "ComparedLayer",
@@ -129,13 +154,21 @@ __all__ = [
     "ExtractConfig",
     "ExtractResult",
     "Group",
+    "HealConfig",
+    "HeardInput",
     "ImportResult",
+    "InitConfig",
+    "InitResult",
     "Inspection",
     "Judged",
     "JudgedSyntax",
     "KeptAdapter",
+    "MergeConfig",
     "MergeResult",
     "QuantizeResult",
+    "RefineConfig",
+    "RefineReport",
+    "RefineResult",
     "ResizeResult",
     "SumResult",
     "SyntaxResult",
@@ -145,6 +178,7 @@ __all__ = [
     "TrainResult",
     "Workload",
     "bench",
+    "calibrate",
     "compare_adapters",
     "convert",
     "demo",
@@ -154,11 +188,13 @@ __all__ = [
     "export",
     "extract",
     "import_adapter",
+    "init",
     "inspect",
     "layers_of",
     "list_adapters",
     "merge",
     "quantize",
+    "refine",
     "resize_adapter",
     "sum_adapters",
     "train",

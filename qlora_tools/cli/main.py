@@ -21,8 +21,11 @@ from qlora_tools.errors import QltError
 #: Verbs in the order in which a newcomer meets them; each is ``cli/commands/<verb>.py`` with a click command named ``command``.
 VERBS = {
     "extract": "Take a LoRA adapter out of a full fine-tune.",
+    "refine": "Improve an adapter for the base it will live on.",
     "merge": "Merge adapters into a checkpoint, and requantize it if asked.",
     "quantize": "Quantize a checkpoint to NF4 or int8, for stock transformers.",
+    "init": "Make a starting adapter for training on a quantized base.",
+    "calibrate": "Take statistics of a model's activations, for calibrated verbs.",
     "train": "Train a LoRA adapter on a frozen, quantized base.",
     "import": "Bring in an adapter of any known format as a PEFT folder.",
     "convert": "Write an adapter in another format.",

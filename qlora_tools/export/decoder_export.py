@@ -12,14 +12,16 @@ from typing import Any
 
 import onnx_ir as ir
 
+from qlora_tools.checkpoint.statistics import Statistics
 from qlora_tools.engine.plan import Plan, Source
 from qlora_tools.engine.run import run
-from qlora_tools.errors import UnsupportedError
+from qlora_tools.errors import IncompatibleError, UnsupportedError
+from qlora_tools.export.calibrated import Choice, Gain, gain_of
 from qlora_tools.export.external import ExternalWriter, place
 from qlora_tools.export.graph import DATA_FILE, build_graph
 from qlora_tools.export.layout import Layout, layout_of
 from qlora_tools.export.schemes import Scheme, scheme_of
-from qlora_tools.export.weights import MODEL, check_tensors, plan_weights
+from qlora_tools.export.weights import MODEL, STATISTICS, check_tensors, plan_weights
 from qlora_tools.models.decoder import Decoder, decoder_of
 from qlora_tools.progress import SILENT, Progress
 
@@ -37,18 +39,19 @@ class DecoderExport:
     table_dtype: str
     layout: Layout
     plan: Plan
+    statistics: Statistics | None = None
 
     @property
     def file_bytes(self) -> int:
         return place(self.plan.outputs)[1]
 
 
-def plan_export(source: Source, config: Mapping[str, Any], scheme: str, provider: str = "cpu") -> DecoderExport:
-    """Everything that can be known from headers and config.json.
+def plan_export(source: Source, config: Mapping[str, Any], scheme: str, provider: str = "cpu", statistics: Statistics | None = None) -> DecoderExport:
+    """Everything that can be known from headers and config.json. With ``statistics``, weights are encoded for the inputs they describe.
 
     Raises:
         UnsupportedError: architecture, option, scheme or provider without a graph. MissingError, IncompatibleError:
-        tensors that are missing or do not have the config's shapes.
+        tensors that are missing or do not have the config's shapes, or statistics that hold no input of this model.
     """
     decoder = decoder_of(config)
     if f"{decoder.module('head')}.weight" in source.specs:
@@ -61,17 +64,24 @@ def plan_export(source: Source, config: Mapping[str, Any], scheme: str, provider
     check_tensors(source, decoder)
     table_dtype = source.specs[f"{decoder.module('embedding')}.weight"].dtype
     layout = layout_of(decoder, chosen, table_dtype)
-    return DecoderExport(decoder, chosen, table_dtype, layout, plan_weights(source, decoder, layout))
+    plan = plan_weights(source, decoder, layout, statistics)
+    if statistics is not None and not any(read.source == STATISTICS for unit in plan.units for read in unit.reads):
+        raise IncompatibleError(f"{statistics.path} describes no layer of this model", hint="run `qlt calibrate` on it")
+    return DecoderExport(decoder, chosen, table_dtype, layout, plan, statistics)
 
 
-def write_graph(export: DecoderExport, source: Source, folder: Path, progress: Progress = SILENT) -> None:
-    """``model.onnx`` and ``model.onnx.data`` in ``folder``.
+def write_graph(export: DecoderExport, source: Source, folder: Path, progress: Progress = SILENT) -> Gain | None:
+    """``model.onnx`` and ``model.onnx.data`` in ``folder``; returns what calibration gained, if there was any.
 
     Raises:
         NonFiniteError: a weight holds NaN or infinity. StorageError: no room.
     """
     specs = {spec.name: spec for spec in export.plan.outputs}
     model = build_graph(export.decoder, export.layout, specs, place(export.plan.outputs)[0])
+    sources: dict[str, Source] = {MODEL: source}
+    if export.statistics is not None:
+        sources[STATISTICS] = export.statistics
     with ExternalWriter(folder / DATA_FILE, export.plan.outputs) as writer:
-        run(export.plan, {MODEL: source}, writer, title=f"export {export.scheme.name}", progress=progress)
+        reports = run(export.plan, sources, writer, title=f"export {export.scheme.name}", progress=progress)
     ir.save(model, folder / MODEL_FILE)
+    return gain_of(report for report in reports if isinstance(report, Choice)) if export.statistics is not None else None

@@ -32,6 +32,18 @@ def place(specs: Iterable[TensorSpec]) -> tuple[dict[str, int], int]:
     return offsets, position
 
 
+def read_stored(path: Path, spec: TensorSpec, offset: int, rows: tuple[int, int]) -> torch.Tensor:
+    """The rows ``[start, stop)`` of the tensor ``spec`` that begins at ``offset`` of a finished file."""
+    start, stop = rows
+    assert 0 <= start <= stop <= spec.shape[0], f"rows {rows} of {spec}"
+    wanted = (stop - start) * spec.row_bytes
+    with path.open("rb") as stream:
+        stream.seek(offset + start * spec.row_bytes)
+        data = bytearray(stream.read(wanted))
+    assert len(data) == wanted, f"{path.name} ends inside {spec.name}"
+    return torch.frombuffer(data, dtype=spec.torch_dtype).view(stop - start, *spec.shape[1:])
+
+
 class ExternalWriter:
     """A :class:`~qlora_tools.engine.run.Writer`; a context manager that checks coverage on leaving without an exception."""
 

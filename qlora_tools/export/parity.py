@@ -2,7 +2,7 @@
 
 The graph is run over a prompt and then three single steps with a past. It is held against transformers' own
 model of the same architecture, twice: with the source's dense weights in fp32, and with the weights as the
-graph carries them (encoded and decoded again). The first distance is what the scheme costs; the second must be
+graph carries them (encoded and decoded again, or, where calibration chose the codes, decoded from the file). The first distance is what the scheme costs; the second must be
 small whatever the scheme, because it is only the rounding of activations, and it is the one that finds a wrong
 graph.
 
@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from qlora_tools.engine.plan import Source
 from qlora_tools.errors import CheckFailed
 from qlora_tools.export.decoder_export import DecoderExport
-from qlora_tools.export.external import place
-from qlora_tools.export.graph import build_graph
+from qlora_tools.export.external import place, read_stored
+from qlora_tools.export.graph import DATA_FILE, build_graph
 from qlora_tools.export.layout import Layout, Matrix, layout_of
 from qlora_tools.export.runtime import DecoderSession
 from qlora_tools.models.decoder import Decoder
@@ -81,7 +81,8 @@ def check_parity(export: DecoderExport, source: Source, config: Mapping[str, Any
     decoder, layout = truncated(export)
     ids_BT = np.random.default_rng(0).integers(0, decoder.vocab, (_BATCH, PROMPT + STEPS))
     with progress.task("parity", 3, "runs") as task:
-        dense, carried = _references(export, decoder, layout, source, config, ids_BT, lambda: task.advance(1))
+        stored = _Stored(export, folder) if export.statistics is not None else None
+        dense, carried = _references(export, decoder, layout, source, config, ids_BT, stored, lambda: task.advance(1))
         found = _run_graph(export, decoder, layout, folder, ids_BT)
         task.advance(1)
     bound = BOUNDS[export.scheme.carried]
@@ -131,8 +132,34 @@ def _run_graph(export: DecoderExport, decoder: Decoder, layout: Layout, folder: 
     return np.concatenate(pieces, axis=1)
 
 
+class _Stored:
+    """The exported file's own parts, for weights that encoding alone would not give again."""
+
+    def __init__(self, export: DecoderExport, folder: Path) -> None:
+        self._path = folder / DATA_FILE
+        self._offsets = place(export.plan.outputs)[0]
+        self._specs = {spec.name: spec for spec in export.plan.outputs}
+        self._first_rows = {
+            (matrix.name, module): sum(matrix.rows[:number]) for matrix in export.layout.matrices() for number, module in enumerate(matrix.modules)
+        }
+
+    def decode(self, matrix: Matrix, module: str, rows: int, *, looked_up: bool) -> torch.Tensor:
+        """The first ``rows`` rows of the weight of ``module`` in ``matrix``, fp32."""
+        first = self._first_rows[matrix.name, module]
+        names = [spec.name for spec in matrix.format.parts(matrix.name, rows, matrix.columns)]
+        parts = {name: read_stored(self._path, self._specs[name], self._offsets[name], (first, first + rows)) for name in names}
+        return matrix.format.decode(matrix.name, parts, matrix.columns, looked_up=looked_up)
+
+
 def _references(
-    export: DecoderExport, decoder: Decoder, layout: Layout, source: Source, config: Mapping[str, Any], ids_BT: NDArray[np.int64], advance: Callable[[], None]
+    export: DecoderExport,
+    decoder: Decoder,
+    layout: Layout,
+    source: Source,
+    config: Mapping[str, Any],
+    ids_BT: NDArray[np.int64],
+    stored: _Stored | None,
+    advance: Callable[[], None],
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """(dense, carried) logits, laid out like :func:`_run_graph`'s."""
     model = _reference_model(decoder, config)
@@ -144,7 +171,7 @@ def _references(
     if export.scheme.carried == "fp32":
         advance()
         return dense, dense
-    _carry(model, decoder, layout)
+    _carry(model, decoder, layout, stored)
     carried = _logits(model, ids_BT)
     advance()
     return dense, carried
@@ -180,19 +207,21 @@ def _rows(source: Source, name: str, like: torch.Tensor) -> torch.Tensor:
     return source.read(name, None if whole else (0, like.shape[0])).to(torch.float32)
 
 
-def _carry(model: Any, decoder: Decoder, layout: Layout) -> None:
+def _carry(model: Any, decoder: Decoder, layout: Layout, stored: _Stored | None) -> None:
     """Replace the model's weights by what the graph carries. A tied table is untied: it may be looked up more exactly than it is multiplied."""
     parameters = dict(model.named_parameters())
     if decoder.tied:
         model.lm_head.weight = torch.nn.Parameter(parameters[f"{decoder.module('embedding')}.weight"].clone(), requires_grad=False)
-        model.lm_head.weight.copy_(_carried(layout.head, model.lm_head.weight, looked_up=False))
+        model.lm_head.weight.copy_(_carried(layout.head, layout.head.modules[0], model.lm_head.weight, stored, looked_up=False))
     for matrix in layout.matrices():
         for module in matrix.modules:
             weight = parameters[f"{module}.weight"]
-            weight.copy_(_carried(matrix, weight, looked_up=matrix is layout.embedding))
+            weight.copy_(_carried(matrix, module, weight, stored, looked_up=matrix is layout.embedding))
 
 
-def _carried(matrix: Matrix, weight: torch.Tensor, *, looked_up: bool) -> torch.Tensor:
+def _carried(matrix: Matrix, module: str, weight: torch.Tensor, stored: _Stored | None, *, looked_up: bool) -> torch.Tensor:
+    if stored is not None:
+        return stored.decode(matrix, module, len(weight), looked_up=looked_up)
     return matrix.format.decode("w", matrix.format.encode("w", weight.detach()), weight.shape[1], looked_up=looked_up)
 
 

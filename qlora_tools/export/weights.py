@@ -1,16 +1,21 @@
 """The plan that fills the external data file: every matrix encoded once from fp32, packed ones row range by row range.
 
-Large matrices come in row tiles, so memory follows the tile and neither the model nor the vocabulary.
+Large matrices come in row tiles, so memory follows the tile and neither the model nor the vocabulary. With calibration statistics, weights
+whose inputs they hold are encoded under them (:mod:`qlora_tools.export.calibrated`), and their units report what was chosen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
+from qlora_tools.checkpoint.statistics import HELD_OUT, INPUT, Statistics
 from qlora_tools.engine.plan import Outcome, Plan, Read, Source, Unit, Write, row_tiles, tile_label
 from qlora_tools.errors import IncompatibleError, MissingError, NonFiniteError
+from qlora_tools.export.calibrated import Choice, Factors, encode_calibrated
+from qlora_tools.export.formats.format import Moments
 from qlora_tools.export.graph import COS, SIN
 from qlora_tools.export.layout import Layout, Matrix
 from qlora_tools.finite import is_finite, refuse_non_finite
@@ -18,13 +23,13 @@ from qlora_tools.models.decoder import Decoder
 from qlora_tools.names import nearest
 from qlora_tools.specs import TensorSpec
 
-#: Name of the one source in the plan.
-MODEL = "model"
+#: Names of the plan's sources; the second only with calibration.
+MODEL, STATISTICS = "model", "statistics"
 _ROTARY_ROWS = 1 << 15
 
 
-def plan_weights(source: Source, decoder: Decoder, layout: Layout) -> Plan:
-    """The plan over sources ``{"model": source}``; its outputs in file order.
+def plan_weights(source: Source, decoder: Decoder, layout: Layout, statistics: Statistics | None = None) -> Plan:
+    """The plan over sources ``{"model": source, "statistics": statistics}``; its outputs in file order.
 
     Raises:
         MissingError: the source lacks a tensor that the decoder reads. IncompatibleError: one has another shape.
@@ -32,12 +37,13 @@ def plan_weights(source: Source, decoder: Decoder, layout: Layout) -> Plan:
     check_tensors(source, decoder)
     outputs = [TensorSpec(name, "F32", (decoder.max_positions, decoder.rope.size // 2)) for name in (COS, SIN)]
     units = list(_rotary(decoder))
+    calibration = _Calibration(statistics) if statistics is not None else None
     for name, size in layout.norms:
         outputs.append(TensorSpec(name, "F32", (size,)))
         units.append(Unit(name, (Read(MODEL, name),), (Write(name),), _as_float(name, name)))
     for matrix in layout.matrices():
         outputs += matrix.specs()
-        units += _matrix(source, matrix)
+        units += _matrix(matrix, calibration)
     return Plan(tuple(outputs), tuple(units))
 
 
@@ -81,16 +87,37 @@ def _as_float(name: str, target: str) -> Callable[[torch.Tensor], Outcome]:
     return widen
 
 
-def _matrix(source: Source, matrix: Matrix) -> Iterator[Unit]:
+class _Calibration:
+    """What the plan needs of the statistics. Weights that share their input follow each other, and so share the factor of its moments."""
+
+    def __init__(self, statistics: Statistics) -> None:
+        self._statistics = statistics
+        self._factors = Factors()
+
+    def reads(self, weight: str) -> tuple[Read, ...]:
+        """Moments that teach and that judge, where the statistics hold the inputs of ``weight``."""
+        learn = self._statistics.name_of(INPUT, weight)
+        if learn is None:
+            return ()
+        judge = self._statistics.name_of(HELD_OUT, weight) or learn
+        return Read(STATISTICS, learn), Read(STATISTICS, judge)
+
+    def moments(self, learn: Read, learn_II: torch.Tensor, judge_II: torch.Tensor) -> Moments:
+        return Moments(learn_II, judge_II, self._factors.of(learn.name, learn_II))
+
+
+def _matrix(matrix: Matrix, calibration: _Calibration | None) -> Iterator[Unit]:
     """Units that encode each module's rows into the matrix's parts, and collect the biases."""
     parts = [spec.name for spec in matrix.format.parts(matrix.name, matrix.total_rows, matrix.columns)]
     offset = 0
     for module, rows, biased in zip(matrix.modules, matrix.rows, matrix.biased, strict=True):
         weight = f"{module}.weight"
+        moments = calibration.reads(weight) if calibration else ()
         for tile in row_tiles(TensorSpec(weight, "F32", (rows, matrix.columns))):
             start, stop = tile or (0, rows)
             writes = tuple(Write(part, offset + start, stop - start) for part in parts)
-            yield Unit(tile_label(weight, tile), (Read(MODEL, weight, tile),), writes, _encoding(matrix, weight))
+            moments_of = partial(calibration.moments, moments[0]) if calibration and moments else None
+            yield Unit(tile_label(weight, tile), (Read(MODEL, weight, tile), *moments), writes, _encoding(matrix, weight, moments_of))
         if matrix.bias is not None:
             target = Write(matrix.bias, offset, rows)
             if biased:
@@ -100,17 +127,21 @@ def _matrix(source: Source, matrix: Matrix) -> Iterator[Unit]:
         offset += rows
 
 
-def _encoding(matrix: Matrix, weight: str) -> Callable[[torch.Tensor], Outcome]:
-    def encode(tensor: torch.Tensor) -> Outcome:
+def _encoding(matrix: Matrix, weight: str, moments_of: Callable[..., Moments] | None) -> Callable[..., Outcome]:
+    def encode(tensor: torch.Tensor, *moments: torch.Tensor) -> Outcome:
+        choice: Choice | None = None
         try:
-            parts = matrix.format.encode(matrix.name, tensor)
+            if moments_of is None:
+                parts = matrix.format.encode(matrix.name, tensor)
+            else:
+                parts, choice = encode_calibrated(matrix.format, matrix.name, weight, tensor, moments_of(*moments))
         except NonFiniteError:
             refuse_non_finite(weight, tensor)  # under the checkpoint's name, not the graph's
             raise
         if not all(is_finite(part) for part in parts.values() if part.is_floating_point()):
             refuse_non_finite(weight, tensor)
             raise NonFiniteError(f"`{weight}` overflows in the form this scheme stores", hint="export it with --fp32")
-        return Outcome(parts)
+        return Outcome(parts, choice)
 
     return encode
 

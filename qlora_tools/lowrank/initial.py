@@ -7,10 +7,12 @@
 * :func:`olora`: the leading columns of Q and rows of R in W = Q R (Buyukakyuz, "OLoRA: Orthonormal Low-Rank Adaptation of Large
   Language Models", 2024);
 * :func:`loftq`: the leading singular part of W - Q(W), which quantization lost (Li et al., "LoftQ: LoRA-Fine-Tuning-Aware
-  Quantization for Large Language Models", 2023).
+  Quantization for Large Language Models", 2023);
+* :func:`qera`: of W - Q(W), what counts most for the layer's outputs on calibration text (Zhang et al., "QERA: an Analytical
+  Framework for Quantization Error Reconstruction", 2024).
 
 PiSSA and OLoRA train ``W - scale B0 A0 + scale B A``: whoever uses them subtracts ``scale B0 A0`` from the frozen weight, and the
-function at the start is that of W. LoftQ subtracts nothing: ``Q(W) + scale B A`` starts closer to W than Q(W) is. Only the
+function at the start is that of W. LoftQ and QERA subtract nothing: ``Q(W) + scale B A`` starts closer to W than Q(W) is. Only the
 first step of LoftQ's alternation is here: every further one quantizes another matrix, so that the adapter would fit no
 base but its own. Left out: models, files, and who subtracts (``training/``).
 
@@ -26,6 +28,7 @@ import torch
 
 from qlora_tools.lowrank.factors import LowRank
 from qlora_tools.lowrank.svd import seed_of, truncated_svd
+from qlora_tools.lowrank.weighted import Metric, square_root, weighted_svd
 
 #: Relative-error distance from the best approximation that is near enough for a starting point.
 TOLERANCE = 1e-3
@@ -67,13 +70,41 @@ def loftq(weight_OI: torch.Tensor, quantize: Callable[[torch.Tensor], torch.Tens
     """Balanced fp32 factors with ``scale B A`` the best rank-R approximation of ``W - quantize(W)``, up to :data:`TOLERANCE`.
 
     ``quantize`` gives the weight as the frozen base computes with it. Where nothing is lost, b is zero and a random as in
-    :func:`uniform`: two zero factors would never learn.
+    :func:`uniform`.
     """
     lost_OI = weight_OI.float() - quantize(weight_OI).float()
     if not lost_OI.any():
-        a_RI = uniform((rank, weight_OI.shape[1]), seed_of(name)).to(weight_OI.device)
-        return LowRank(a_RI, torch.zeros(weight_OI.shape[0], rank, device=weight_OI.device))
+        return _learnable(lost_OI, rank, name)
     return _scaled_down(truncated_svd(lost_OI, rank, seed=seed_of(name), tolerance=TOLERANCE).factors, scale)
+
+
+def qera(
+    weight_OI: torch.Tensor,
+    quantize: Callable[[torch.Tensor], torch.Tensor],
+    moments_II: torch.Tensor,
+    rank: int,
+    scale: float,
+    name: str = "",
+) -> LowRank:
+    """Balanced fp32 factors with ``scale B A`` the rank-R matrix that leaves least of ``(W - quantize(W)) x`` over inputs of these second moments.
+
+    Where nothing is lost or nothing was seen, as :func:`loftq`; a component for which nothing is left starts at b = 0 with a random a.
+    """
+    lost_OI = weight_OI.float() - quantize(weight_OI).float()
+    root = square_root(moments_II.to(weight_OI.device))
+    if root is None:
+        return loftq(weight_OI, quantize, rank, scale, name)
+    if not lost_OI.any():
+        return _learnable(lost_OI, rank, name)
+    found = _scaled_down(weighted_svd(lost_OI, Metric(root), rank, seed=seed_of(name), tolerance=TOLERANCE).factors, scale)
+    idle_R = ~found.a_RI.any(dim=1)
+    return LowRank(torch.where(idle_R[:, None], _learnable(lost_OI, rank, name).a_RI, found.a_RI), found.b_OR)
+
+
+def _learnable(like_OI: torch.Tensor, rank: int, name: str) -> LowRank:
+    """b = 0 and a random a on the device of ``like_OI``: two zero factors would never learn."""
+    a_RI = uniform((rank, like_OI.shape[1]), seed_of(name)).to(like_OI.device)
+    return LowRank(a_RI, torch.zeros(like_OI.shape[0], rank, device=like_OI.device))
 
 
 def _scaled_down(factors: LowRank, scale: float) -> LowRank:

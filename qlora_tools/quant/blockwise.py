@@ -84,6 +84,12 @@ def quantize_blocks(w_NK: torch.Tensor, grid: Grid, *, name: str = "", row: int 
     return packed, scale
 
 
+def pack_blocks(codes_NK: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """uint8 [N, B, J] of unsigned codes of whole blocks (uint8, K a multiple of the block), chosen elsewhere."""
+    codes = codes_NK.view(len(codes_NK), -1, grid.block)
+    return codes.clone() if grid.bits == 8 else codes[..., ::2] | (codes[..., 1::2] << 4)
+
+
 def dequantize_blocks(packed_NBJ: torch.Tensor, scale_NB: torch.Tensor, grid: Grid, k: int) -> torch.Tensor:
     """The fp32 [N, K] that ``MatMulNBits`` multiplies with."""
     codes = packed_NBJ if grid.bits == 8 else torch.stack([packed_NBJ & 15, packed_NBJ >> 4], -1).flatten(-2)
@@ -142,5 +148,4 @@ def quantize_blocks_plain(w_NK: torch.Tensor, grid: Grid) -> tuple[torch.Tensor,
             better = left < least * float(CLEARLY)
             least, scale, inverse = (torch.where(better, new, old) for new, old in ((left, least), (1 / tried + dot / square, scale), (tried, inverse)))
     unsigned = (torch.round(unit * inverse).clamp(low, high) + grid.zero_point).to(torch.uint8)
-    packed = unsigned if grid.bits == 8 else unsigned[..., ::2] | (unsigned[..., 1::2] << 4)
-    return packed, (scale * extreme).squeeze(-1)
+    return pack_blocks(unsigned.flatten(1), grid), (scale * extreme).squeeze(-1)

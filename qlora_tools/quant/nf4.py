@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import ClassVar
 
 import torch
@@ -29,23 +29,45 @@ from qlora_tools.finite import refuse_non_finite
 from qlora_tools.quant.floats import TILE_ELEMENTS, bit_patterns, in_threads
 from qlora_tools.quant.kernels import NF4_LEVELS, NF4_MIDPOINTS, TINY, dequantize_nf4, quantize_nf4
 from qlora_tools.quant.quant_state import BLOCKSIZES, NESTED_BLOCKSIZE, QuantState, read_state, stored_length, write_state
+from qlora_tools.quant.search import assign_codes, check_form, largest_magnitudes, search_scales
 from qlora_tools.specs import TensorSpec
 
+ZERO_CODE = 7  # of the level 0.0
 STATE_SUFFIX = ".quant_state.bitsandbytes__nf4"
 
 
 @dataclass(frozen=True)
+class Scales:
+    """The scales of a tensor's blocks as they are stored: ``parts`` by suffix (``absmax``, ``nested_absmax``, ...) and what the JSON says."""
+
+    state: QuantState
+    parts: Mapping[str, torch.Tensor]
+
+    @cached_property
+    def decoded(self) -> torch.Tensor:
+        """fp32 [blocks]: what a reader multiplies the levels with."""
+        if self.state.offset is None:
+            return self.parts["absmax"]
+        return restore_absmax(self.parts["absmax"], self.parts["nested_absmax"], self.parts["nested_quant_map"], self.state, 0, self.state.blocks)
+
+
+@dataclass(frozen=True)
 class NF4:
-    """The codec. ``block_size`` values share a scale; ``threads`` may work on one tensor (the engine already spreads tensors)."""
+    """The codec. ``block_size`` values share a scale; ``threads`` may work on one tensor (the engine already spreads tensors).
+
+    ``search`` chooses scales for the least squared error, in the form ``positive`` or ``signed`` (see ``search``); ``None`` is bitsandbytes' own choice.
+    """
 
     block_size: int = 64
     double_quant: bool = True
+    search: str | None = None
     threads: int = field(default=1, compare=False)
     name: ClassVar[str] = "nf4"
 
     def __post_init__(self) -> None:
         if self.block_size not in BLOCKSIZES:
             raise UsageError(f"NF4 block size {self.block_size} is not one of {', '.join(map(str, BLOCKSIZES))}", hint="64 is what QLoRA uses")
+        check_form(self.search)
 
     def _state(self, spec: TensorSpec, offset: float = 0.0) -> QuantState:
         if not spec.numel or not spec.shape:
@@ -64,27 +86,56 @@ class NF4:
             parts += [TensorSpec(f"{spec.name}.nested_absmax", "F32", (state.nested_blocks,)), TensorSpec(f"{spec.name}.nested_quant_map", "F32", (256,))]
         return (*parts, TensorSpec(f"{spec.name}{STATE_SUFFIX}", "U8", (stored_length(state),)))
 
-    def encode(self, spec: TensorSpec, dense: torch.Tensor) -> dict[str, torch.Tensor]:
+    def encode(self, spec: TensorSpec, dense: torch.Tensor, diag_I: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """Quantize ``dense`` (shape of ``spec``; bf16, fp16 or fp32, also wider than ``spec``'s dtype, which is what the parts record).
+
+        ``diag_I`` weights the error of each input (last axis) in a search; without one it has no meaning.
 
         Raises:
             NonFiniteError: NaN or infinity in ``dense``.
         """
         assert tuple(dense.shape) == spec.shape, f"{spec} was given {list(dense.shape)}"
         self._state(spec)  # refuses what has no NF4 form
+        if self.search is not None:
+            scales = self.fit(spec, dense, diag_I)
+            packed = assign_codes(dense, scales.decoded, self.block_size, self.search, self.threads)
+            return _with_scales(spec, packed.cpu(), scales)
         if dense.is_cuda:
             return self._encode_cuda(spec, dense)
         packed, absmax = quantize_blocks(dense, self.block_size, self.threads)
         if not bool(torch.isfinite(absmax).all()):
             refuse_non_finite(spec.name, dense)
-        parts = {spec.name: packed.unsqueeze(1), f"{spec.name}.absmax": absmax, f"{spec.name}.quant_map": torch.from_numpy(NF4_LEVELS.copy())}
-        offset = 0.0
-        if self.double_quant:
-            mean = absmax.mean()
-            offset = float(mean)
-            codes, nested = quantize_dynamic(absmax - mean)
-            parts |= {f"{spec.name}.absmax": codes, f"{spec.name}.nested_absmax": nested, f"{spec.name}.nested_quant_map": dynamic_map().clone()}
-        return parts | {f"{spec.name}{STATE_SUFFIX}": write_state(self._state(spec, offset))}
+        return _with_scales(spec, packed, self.scales(spec, absmax))
+
+    def scales(self, spec: TensorSpec, absmax_B: torch.Tensor) -> Scales:
+        """The fp32 [blocks] ``absmax_B``, of either sign, as this codec stores them: double quantization done."""
+        level_map = torch.from_numpy(NF4_LEVELS.copy())
+        if not self.double_quant:
+            return Scales(self._state(spec), {"absmax": absmax_B, "quant_map": level_map})
+        absmax_B = absmax_B.cpu()  # few values, and tables that live there
+        mean = absmax_B.mean()
+        codes, nested = quantize_dynamic(absmax_B - mean)
+        parts = {"absmax": codes, "quant_map": level_map, "nested_absmax": nested, "nested_quant_map": dynamic_map().clone()}
+        return Scales(self._state(spec, float(mean)), parts)
+
+    def fit(self, spec: TensorSpec, dense: torch.Tensor, diag_I: torch.Tensor | None = None) -> Scales:
+        """The scales that :meth:`encode` would give ``dense``, searched if so asked, for codes that are chosen elsewhere.
+
+        Raises:
+            NonFiniteError: NaN or infinity in ``dense``.
+        """
+        if self.search is None:
+            found = largest_magnitudes(dense, self.block_size)
+        else:
+            found = search_scales(dense, self.block_size, self.search, diag_I, self.threads)
+        if not bool(torch.isfinite(found).all()):
+            refuse_non_finite(spec.name, dense)
+        return self.scales(spec, found)
+
+    def pack(self, spec: TensorSpec, codes: torch.Tensor, scales: Scales) -> dict[str, torch.Tensor]:
+        """The stored tensors of codes 0..15 (uint8, shape of ``spec``) chosen elsewhere, under ``scales``."""
+        assert tuple(codes.shape) == spec.shape and codes.dtype == torch.uint8, f"{spec} was given {codes.dtype} {list(codes.shape)}"
+        return _with_scales(spec, pack_codes(codes.reshape(-1).cpu()), scales)
 
     def _encode_cuda(self, spec: TensorSpec, dense: torch.Tensor) -> dict[str, torch.Tensor]:
         from bitsandbytes.functional import quantize_4bit  # slow to import, and needed on a GPU only
@@ -138,6 +189,11 @@ class NF4:
         }
 
 
+def _with_scales(spec: TensorSpec, packed: torch.Tensor, scales: Scales) -> dict[str, torch.Tensor]:
+    stored = {f"{spec.name}.{suffix}": tensor for suffix, tensor in scales.parts.items()}
+    return {spec.name: packed.unsqueeze(1)} | stored | {f"{spec.name}{STATE_SUFFIX}": write_state(scales.state)}
+
+
 def _fitting_parts(spec: TensorSpec, state: QuantState, parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(packed bytes flat, absmax, nested absmax or None), sizes checked: the kernels index without looking."""
     packed = parts[spec.name].contiguous().view(-1).view(torch.uint8)
@@ -183,10 +239,14 @@ def quantize_blocks_plain(values_N: torch.Tensor, blocksize: int) -> tuple[torch
     if len(rest):
         last = rest.abs().max().clamp(min=float(TINY))
         absmax, scaled = torch.cat([absmax, last.view(1)]), torch.cat([scaled, rest / last])
-    codes = torch.bucketize(scaled, torch.from_numpy(NF4_MIDPOINTS), out_int32=True).to(torch.uint8)
-    if len(codes) % 2:
-        codes = torch.cat([codes, codes.new_tensor([7])])  # the code of zero
-    return (codes[::2] << 4) | codes[1::2], absmax
+    return pack_codes(torch.bucketize(scaled, torch.from_numpy(NF4_MIDPOINTS), out_int32=True).to(torch.uint8)), absmax
+
+
+def pack_codes(codes_N: torch.Tensor) -> torch.Tensor:
+    """uint8[ceil(n/2)] of flat codes 0..15: the even element in the high nibble."""
+    if len(codes_N) % 2:
+        codes_N = torch.cat([codes_N, codes_N.new_tensor([ZERO_CODE])])
+    return (codes_N[::2] << 4) | codes_N[1::2]
 
 
 def dequantize_blocks(packed: torch.Tensor, absmax_B: torch.Tensor, blocksize: int, start: int, stop: int, out: torch.Tensor, threads: int = 1) -> None:

@@ -24,26 +24,40 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from qlora_tools.engine.plan import Plan, Read, Source, Unit, row_tiles, tile_label
 from qlora_tools.errors import IncompatibleError, MissingError, UsageError
 from qlora_tools.models.family import Family
 from qlora_tools.names import shortened, split_tensor
+from qlora_tools.quant.codec import MIN_ELEMENTS, Codec
 from qlora_tools.specs import TensorSpec, dtype
+from qlora_tools.stages.extract_objective import FORMATS, OBJECTIVES, WEIGHTS, Task, factor_for
 from qlora_tools.stages.extract_units import compare, factor, inspect_new
 
 EMBEDDINGS = ("full", "lora", "drop")
+FACTORS = ("weighted", "plain")
+#: A spread rank may become so many times as large in one tensor.
+_SPREAD_UP_TO = 4
 
 
 @dataclass(frozen=True)
 class ExtractConfig:
     """How to extract. At most one of ``rank`` (a number), ``rank="auto"``, ``energy`` and ``max_bytes`` decides the ranks.
 
-    ``rank``: the same for every tensor, or ``"auto"``: singular values above the rounding noise. ``energy``: share of
+    ``rank``: the same for every tensor, or ``"auto"``: singular values above the rounding noise, unless ``max_bytes`` says
+    better. ``spread``: ``rank`` is the mean, and the numbers it would take go where they remove most error; ``None``: so where errors are
+    weighed and the objective is the change alone. ``energy``: share of
     ||delta||^2 to keep, per tensor. ``max_bytes``: size of the adapter's tensors. ``max_rank``: cap of the adaptive
     modes. ``targets``: preset or regular expression. ``embeddings``: ``full``, ``lora`` or ``drop``. ``dtype``:
     safetensors name of the factors' dtype, ``None``: that of the tuned tensor. ``drop``: regular expressions of tensor
     names that may be left out although they changed.
+
+    ``weight``: what an error costs: ``none`` (all alike), ``input`` (by the layers' inputs) or ``fisher`` (and by what their
+    outputs are worth); ``factors``: ``weighted`` ones, or ``plain`` ones whose ranks alone follow the weights; ``None``: plain where
+    weights choose ranks, weighted where ranks are given, as held-out text has it (``benchmarks/LOG.md``). ``base_format``: what the
+    adapter's base will be stored in (``nf4``, ``int8``, ``int4``; ``None``: as it is), with ``objective`` and ``rest_rank`` as in
+    ``extract_objective.py``; ``rest_rank`` ``None`` is a quarter of the rank. ``objective="auto"`` is for verbs, which measure.
     """
 
     rank: int | str | None = None
@@ -54,10 +68,16 @@ class ExtractConfig:
     embeddings: str = "full"
     dtype: str | None = None
     drop: tuple[str, ...] = ()
+    spread: bool | None = None
+    weight: str = "none"
+    factors: str | None = None
+    base_format: str | None = None
+    objective: str = "delta"
+    rest_rank: int | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in ("rank", "energy", "max_bytes") if getattr(self, name) is not None]
-        if len(given) > 1:
+        if len(given) > 1 and not (self.rank == "auto" and self.energy is None):
             raise UsageError(f"{' and '.join(given)} each decide the ranks", hint="give one of them")
         if isinstance(self.rank, str) and self.rank != "auto":
             raise UsageError(f"rank {self.rank!r} is neither a number nor auto")
@@ -78,13 +98,67 @@ class ExtractConfig:
                 re.compile(pattern)
             except re.error as error:
                 raise UsageError(f"drop {pattern!r} is not a regular expression: {error}") from error
+        self._check_objective()
+
+    def _check_objective(self) -> None:
+        for name, value, known in (
+            ("weight", self.weight, WEIGHTS),
+            ("factors", self.factors, (None, *FACTORS)),
+            ("objective", self.objective, OBJECTIVES),
+            ("base_format", self.base_format, (None, *FORMATS)),
+        ):
+            if value not in known:
+                raise UsageError(f"{name} {value!r} is unknown", hint=f"choose one of {', '.join(filter(None, known))}")
+        if self.factors is not None and self.weight == "none":
+            raise UsageError("factors are weighted or plain where errors are weighed", hint="give --weight input or --weight fisher")
+        if self.plain_factors and self.fixed_rank is not None:
+            raise UsageError("plain factors of one rank are the same whatever the weights", hint="leave the ranks to the weights with --spread or --max-bytes")
+        if self.spread and self.mean_rank is None:
+            raise UsageError("spread needs one rank to spread", hint="give --rank N, or --max-bytes without --spread")
+        if self.objective != "delta" and self.base_format is None:
+            raise UsageError(f"objective {self.objective} is about a quantized base", hint="say which with --for nf4, int8 or int4")
+        if self.objective in ("split", "auto") and self.fixed_rank is None:
+            raise UsageError(f"objective {self.objective} needs one rank for all tensors", hint="give --rank N")
+        if self.rest_rank is not None and not (self.objective in ("split", "auto") and 1 <= self.rest_rank < (self.fixed_rank or 0)):
+            raise UsageError(f"rest_rank {self.rest_rank} is a part of the rank of a split", hint="give --objective split and less than --rank")
+        if self.objective == "split" and self.rest < 1:
+            raise UsageError(f"rank {self.fixed_rank} is too small to split", hint="use --rank 2 or more")
+
+    @property
+    def mean_rank(self) -> int | None:
+        """The rank of every tensor, or the one that is spread over them; ``None`` where something else decides."""
+        if self.energy is not None or self.max_bytes is not None or self.rank == "auto":
+            return None
+        return 16 if self.rank is None else int(self.rank)
 
     @property
     def fixed_rank(self) -> int | None:
         """The one rank of every tensor; ``None`` in the adaptive modes."""
-        if self.energy is not None or self.max_bytes is not None or self.rank == "auto":
-            return None
-        return 16 if self.rank is None else int(self.rank)
+        return None if self.spreads else self.mean_rank
+
+    @property
+    def spreads(self) -> bool:
+        """Whether the rank is a mean."""
+        weighed = self.weight != "none" and self.objective == "delta" and self.mean_rank is not None
+        return weighed if self.spread is None else self.spread
+
+    @property
+    def plain_factors(self) -> bool:
+        """Whether weights choose ranks alone."""
+        if self.factors is None:
+            return self.weight != "none" and self.fixed_rank is None
+        return self.factors == "plain"
+
+    @property
+    def largest_rank(self) -> int:
+        """Up to which rank a tensor is decomposed."""
+        return self.fixed_rank or min(self.max_rank, _SPREAD_UP_TO * (self.mean_rank or self.max_rank))
+
+    @property
+    def rest(self) -> int:
+        """The part of a split's rank that goes to the remainder."""
+        rank = self.fixed_rank or 0
+        return self.rest_rank or min(max(1, rank // 4), rank - 1)
 
 
 @dataclass(frozen=True)
@@ -127,8 +201,12 @@ def plan_extract(
     base_ties: Mapping[str, str] | None = None,
     tuned_ties: Mapping[str, str] | None = None,
     known_hashes: Mapping[str, str | None] | None = None,
+    moments: Moments | None = None,
+    codec: Codec | None = None,
 ) -> Extraction:
     """Plan the comparison of ``base`` and ``tuned`` from their headers.
+
+    ``moments``: the statistics that ``config.weight`` weighs with, read from the source ``stats``. ``codec``: of ``config.base_format``.
 
     ``*_ties``: names that a side does not store because they share another tensor's values -> that other.
     ``known_hashes``: base tensors whose stored bytes are not what is read (a quantized base) -> sha256 of the original,
@@ -141,7 +219,8 @@ def plan_extract(
     base_ties, tuned_ties = dict(base_ties or {}), dict(tuned_ties or {})
     pieces = _sort(_Pair(base.specs, tuned.specs, base_ties, tuned_ties), family, config)
     _check_rank(pieces, config)
-    units = [unit for piece in sorted(pieces, key=lambda piece: piece.role != "refused") for unit in _units(piece, tuned.specs, config, known_hashes or {})]
+    context = _Context(tuned.specs, family, config, known_hashes or {}, moments, codec)
+    units = [unit for piece in sorted(pieces, key=lambda piece: piece.role != "refused") for unit in _units(piece, context)]
     tied = {name: owner for name, owner in base_ties.items() if tuned_ties.get(name) == owner}
     return Extraction(config, {piece.name: piece for piece in pieces}, Plan((), tuple(units)), family, base.specs, tied)
 
@@ -254,18 +333,62 @@ def _check_rank(pieces: Iterable[Piece], config: ExtractConfig) -> None:
         )
 
 
-def _units(piece: Piece, tuned: Mapping[str, TensorSpec], config: ExtractConfig, known_hashes: Mapping[str, str | None]) -> list[Unit]:
+class Moments(Protocol):
+    """Names of statistics, as :class:`~qlora_tools.checkpoint.statistics.Statistics` has them."""
+
+    def name_of(self, kind: str, weight: str) -> str | None: ...
+
+
+@dataclass(frozen=True)
+class _Context:
+    """What all units of a plan need to know."""
+
+    tuned: Mapping[str, TensorSpec]
+    family: Family
+    config: ExtractConfig
+    known_hashes: Mapping[str, str | None]
+    moments: Moments | None
+    codec: Codec | None
+
+    def statistics_of(self, piece: Piece) -> dict[str, str]:
+        """kind -> name in the source ``stats``; nothing for embeddings, which no product reads."""
+        if self.moments is None or self.config.weight == "none" or piece.embedding:
+            return {}
+        kinds = ("input", "output") if self.config.weight == "fisher" else ("input",)
+        return {kind: name for kind in kinds if (name := self.moments.name_of(kind, piece.name))}
+
+    def codec_of(self, piece: Piece) -> Codec | None:
+        """What stores the piece in the adapter's base: linears of some size, as ``stages/quantize.py`` takes them."""
+        takes = self.codec is not None and self.family.is_linear(piece.name, piece.spec.shape) and piece.spec.numel >= MIN_ELEMENTS
+        return self.codec if takes else None
+
+
+def _units(piece: Piece, context: _Context) -> list[Unit]:
     if piece.role == "factor":
-        rank = config.fixed_rank or min(config.max_rank, *sides(piece.spec))
-        stored = dtype(config.dtype).torch if config.dtype else tuned[piece.tuned_name].torch_dtype
-        known = piece.base_name in known_hashes
-        apply = factor(piece.name, rank, stored, adaptive=config.fixed_rank is None, base_sha256=known_hashes.get(piece.base_name), hash_base=not known)
-        return [Unit(f"extract {piece.name}", (Read("base", piece.base_name), Read("tuned", piece.tuned_name)), (), apply)]
-    if piece.spec.shape != tuned[piece.tuned_name].shape:
-        spec = TensorSpec(piece.name, tuned[piece.tuned_name].dtype, tuned[piece.tuned_name].shape)
-        return [Unit(f"read {tile_label(piece.name, rows)}", (Read("tuned", piece.tuned_name, rows),), (), inspect_new(piece.name)) for rows in row_tiles(spec)]
+        return [_factor_unit(piece, context)]
+    spec = context.tuned[piece.tuned_name]
+    if piece.spec.shape != spec.shape:
+        grown = TensorSpec(piece.name, spec.dtype, spec.shape)
+        return [
+            Unit(f"read {tile_label(piece.name, rows)}", (Read("tuned", piece.tuned_name, rows),), (), inspect_new(piece.name)) for rows in row_tiles(grown)
+        ]
     check = compare(piece.name, keep_change=piece.role == "bias", refuse_change=piece.reason if piece.role == "refused" else None)
     return [
         Unit(f"compare {tile_label(piece.name, rows)}", (Read("base", piece.base_name, rows), Read("tuned", piece.tuned_name, rows)), (), check)
         for rows in row_tiles(piece.spec)
     ]
+
+
+def _factor_unit(piece: Piece, context: _Context) -> Unit:
+    config, tuned = context.config, context.tuned[piece.tuned_name]
+    rank, adaptive = min(config.largest_rank, *sides(piece.spec)), config.fixed_rank is None
+    stored = dtype(config.dtype).torch if config.dtype else tuned.torch_dtype
+    known, sha256 = piece.base_name in context.known_hashes, context.known_hashes.get(piece.base_name)
+    statistics, codec = context.statistics_of(piece), context.codec_of(piece)
+    if statistics or (codec is not None and config.objective != "delta"):
+        settings = (piece.transposed, tuple(statistics), config.plain_factors, config.objective, config.rest, codec)
+        apply = factor_for(Task(piece.spec, rank, stored, adaptive, sha256, not known, *settings))
+    else:
+        apply = factor(piece.name, rank, stored, adaptive=adaptive, base_sha256=sha256, hash_base=not known)
+    reads = (Read("base", piece.base_name), Read("tuned", piece.tuned_name), *(Read("stats", name) for name in statistics.values()))
+    return Unit(f"extract {piece.name}", reads, (), apply)

@@ -27,12 +27,16 @@ from qlora_tools.stages.extract_units import Compared, Factored
 
 @dataclass(frozen=True)
 class TensorRow:
-    """One factored tensor of the report. ``capped``: ``max_rank`` cut off what the rule for ranks wanted to keep."""
+    """One factored tensor of the report. ``capped``: ``max_rank`` cut off what the rule for ranks wanted to keep. ``weighted``: the
+    certificate under the metric of calibration statistics. ``kept_change``: how much of tuned - base the product has along it, where it
+    approximates more than that."""
 
     name: str
     shape: tuple[int, ...]
     certificate: Certificate
     capped: bool = False
+    weighted: Certificate | None = None
+    kept_change: float | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,8 @@ class Dropped:
 
 @dataclass(frozen=True)
 class ExtractReport:
-    """What extraction did with every tensor that changed, and how many did not. ``total`` covers the factored ones."""
+    """What extraction did with every tensor that changed, and how many did not. ``total`` covers the factored ones, ``weighted_total`` those that
+    were weighed."""
 
     rows: tuple[TensorRow, ...]
     total: Total
@@ -56,6 +61,7 @@ class ExtractReport:
     frozen: int
     adapter_bytes: int
     notes: tuple[str, ...] = ()
+    weighted_total: Total | None = None
 
 
 @dataclass(frozen=True)
@@ -148,15 +154,21 @@ class _Result:
         return sum(self._stored_spec(name).nbytes for name in (*whole, *biases))
 
     def _spectrum(self, name: str) -> Spectrum:
-        report = self._factored[name]
+        """The spectrum that ranks are chosen by: the weighted one, except against rounding noise, which is known of the plain one alone."""
+        report, by_noise = self._factored[name], self._extraction.config.rank == "auto" and self._extraction.config.max_bytes is None
         assert report.found is not None and report.factors is not None
-        return Spectrum(sides(self._pieces[name].spec), report.found.spectrum[: report.factors.rank], report.found.energy, report.noise)
+        found = report.found if report.weighted is None or by_noise else report.weighted.found
+        return Spectrum(sides(self._pieces[name].spec), found.spectrum[: report.factors.rank], found.energy, report.noise)
 
     def _ranks(self, whole_bytes: int) -> dict[str, int]:
         """Rank of every tensor that changed; 0 leaves it out."""
         config, spectra = self._extraction.config, {name: self._spectrum(name) for name in self._factored}
         if config.fixed_rank is not None:
             return dict.fromkeys(spectra, config.fixed_rank)
+        if config.spreads and config.mean_rank is not None:
+            return dict(
+                zip(spectra, ranks_for_bytes(list(spectra.values()), config.mean_rank * sum(sum(found.shape) for found in spectra.values()), 1), strict=True)
+            )
         if config.energy is not None:
             return {name: rank_for_energy(spectrum, config.energy) for name, spectrum in spectra.items()}
         if config.max_bytes is None:
@@ -223,9 +235,13 @@ class _Result:
         for name, rank in sorted(ranks.items()):
             certificate = self._factored[name].at(rank)
             if rank:
-                rows.append(TensorRow(name, self._pieces[name].spec.shape, certificate, self._is_capped(name, rank)))
+                factored = self._factored[name]
+                rows.append(
+                    TensorRow(name, self._pieces[name].spec.shape, certificate, self._is_capped(name, rank), factored.weighted_at(rank), factored.kept_change)
+                )
             else:
-                reason = "below the rounding noise of the checkpoint" if config.rank == "auto" else "did not fit into max_bytes"
+                noise = config.rank == "auto" and config.max_bytes is None
+                reason = "below the rounding noise of the checkpoint" if noise else "did not fit into what the other tensors left of the size"
                 dropped.append(Dropped(name, reason, certificate.delta_norm))
         for name in self._of_role("unwanted"):
             if self._compared[name].changed:
@@ -233,7 +249,8 @@ class _Result:
         notes = []
         capped = sum(row.capped for row in rows)
         if capped:
-            notes.append(f"{capped} tensors would have kept more than the largest rank allowed, {config.max_rank}: raise --max-rank")
+            way_out = "give --max-bytes for a wider spread" if config.spreads else "raise --max-rank"
+            notes.append(f"{capped} tensors would have kept more than the largest rank allowed, {config.largest_rank}: {way_out}")
         grown = [name for name in self._of_role("grown") if name in whole]
         if grown:
             rows_now = self._stored_spec(grown[0]).shape[0]
@@ -249,6 +266,7 @@ class _Result:
             self._frozen,
             sum(spec.nbytes for spec in plan.outputs),
             tuple(notes),
+            total_of(weighted) if (weighted := [row.weighted for row in rows if row.weighted is not None]) else None,
         )
 
 

@@ -30,7 +30,9 @@ class Factored:
     """A targeted tensor. ``factors``: rounded to their stored dtype, on the CPU, at the largest rank that may be kept.
 
     ``found`` is the decomposition without its fp32 factors; both are ``None`` where the delta is zero. ``lost``: error
-    energy of each cut from rank 0 on (adaptive ranks), or ``certificate`` for the one rank asked for.
+    energy of each cut from rank 0 on (adaptive ranks), or ``certificate`` for the one rank asked for. ``weighted``: the same
+    three under the metric of calibration statistics, ``None`` without. ``kept_change``: share of the delta that the product
+    has along it, where more than the delta was approximated.
     """
 
     name: str
@@ -41,6 +43,8 @@ class Factored:
     factors: LowRank | None = None
     certificate: Certificate | None = None
     lost: torch.Tensor | None = None
+    weighted: Weighed | None = None
+    kept_change: float | None = None
 
     def at(self, rank: int) -> Certificate:
         """The certificate of the factors cut to ``rank``."""
@@ -48,6 +52,26 @@ class Factored:
             return self.certificate
         assert self.found is not None and self.lost is not None
         return certificate_of(self.found, rank, float(self.lost[rank]), weight_norm=self.weight_norm, noise=self.noise)
+
+    def weighted_at(self, rank: int) -> Certificate | None:
+        """The certificate of the weighted error of the factors cut to ``rank``; ``None`` where nothing was weighed."""
+        return None if self.weighted is None else self.weighted.at(rank)
+
+
+@dataclass(frozen=True, eq=False)
+class Weighed:
+    """The weighted side of a :class:`Factored`: the best decomposition under the metric, without its factors, and what the stored ones lose."""
+
+    found: Truncated
+    certificate: Certificate | None = None
+    lost: torch.Tensor | None = None
+
+    def at(self, rank: int) -> Certificate:
+        """The certificate of the factors cut to ``rank``; norms are weighted ones."""
+        if self.certificate is not None and rank == self.certificate.rank:
+            return self.certificate
+        assert self.lost is not None
+        return certificate_of(self.found, rank, float(self.lost[rank]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,10 +93,10 @@ def factor(
     """
 
     def apply(base: torch.Tensor, tuned: torch.Tensor) -> Outcome:
-        if _same(base, tuned):
+        if is_same(base, tuned):
             return Outcome(report=Factored(name))
-        delta_OI, energy, weight_energy, noise = _scan(base.reshape(base.shape[0], -1), tuned.reshape(base.shape[0], -1))
-        _check_finite(name, energy, base, tuned)
+        delta_OI, energy, weight_energy, noise = scan_delta(base.reshape(base.shape[0], -1), tuned.reshape(base.shape[0], -1))
+        check_finite(name, energy, base, tuned)
         if energy == 0.0:
             return Outcome(report=Factored(name))
         weight_norm = math.sqrt(weight_energy)
@@ -84,10 +108,14 @@ def factor(
         else:
             certificate, lost = certify(delta_OI, found, stored, weight_norm=weight_norm, noise=noise), None
         factors = LowRank(stored.a_RI.cpu(), stored.b_OR.cpu(), found.factors.singular_values)
-        slim = Truncated(factors, found.energy, found.gap, found.spectrum.cpu(), found.exact, found.passes)
-        return Outcome(report=Factored(name, weight_norm, noise, digest, slim, factors, certificate, lost))
+        return Outcome(report=Factored(name, weight_norm, noise, digest, slimmed(found, factors), factors, certificate, lost))
 
     return apply
+
+
+def slimmed(found: Truncated, factors: LowRank) -> Truncated:
+    """``found`` with the stored factors in place of its own."""
+    return Truncated(factors, found.energy, found.gap, found.spectrum.cpu(), found.exact, found.passes)
 
 
 def compare(name: str, *, keep_change: bool = False, refuse_change: str | None = None) -> Callable[[torch.Tensor, torch.Tensor], Outcome]:
@@ -97,13 +125,13 @@ def compare(name: str, *, keep_change: bool = False, refuse_change: str | None =
     """
 
     def apply(base: torch.Tensor, tuned: torch.Tensor) -> Outcome:
-        if _same(base, tuned):
+        if is_same(base, tuned):
             return Outcome(report=Compared(name, False))
         if refuse_change is not None and bool((base != tuned).any()):
             raise UnsupportedError(f"`{name}` changed, and {refuse_change}", hint=f"leave it out of the adapter, knowingly, with --drop '{name}'")
         change = _delta(base, tuned)
         energy = squared_norm(change)
-        _check_finite(name, energy, base, tuned)
+        check_finite(name, energy, base, tuned)
         return Outcome(report=Compared(name, energy > 0.0, energy, change.cpu() if keep_change else None))
 
     return apply
@@ -114,13 +142,14 @@ def inspect_new(name: str) -> Callable[[torch.Tensor], Outcome]:
 
     def apply(tuned: torch.Tensor) -> Outcome:
         energy = squared_norm(tuned.float())
-        _check_finite(name, energy, None, tuned)
+        check_finite(name, energy, None, tuned)
         return Outcome(report=Compared(name, True, energy))
 
     return apply
 
 
-def _same(base: torch.Tensor, tuned: torch.Tensor) -> bool:
+def is_same(base: torch.Tensor, tuned: torch.Tensor) -> bool:
+    """Equal in dtype and values."""
     return base.dtype == tuned.dtype and torch.equal(base, tuned)
 
 
@@ -130,7 +159,7 @@ def _delta(base: torch.Tensor, tuned: torch.Tensor) -> torch.Tensor:
     return (tuned.to(wide) - base.to(wide)).float()
 
 
-def _scan(base_OI: torch.Tensor, tuned_OI: torch.Tensor) -> tuple[torch.Tensor, float, float, float]:
+def scan_delta(base_OI: torch.Tensor, tuned_OI: torch.Tensor) -> tuple[torch.Tensor, float, float, float]:
     """The delta in fp32, ||delta||^2, ||base||^2 and the noise energy, in one pass over row tiles that stay in the cache.
 
     The noise is that of the coarser of the two grids: of the tuned one where they are alike, since training starts from
@@ -148,7 +177,7 @@ def _scan(base_OI: torch.Tensor, tuned_OI: torch.Tensor) -> tuple[torch.Tensor, 
     return delta_OI, sums[0], sums[1], min(sums[0], sums[2])
 
 
-def _check_finite(name: str, energy: float, base: torch.Tensor | None, tuned: torch.Tensor) -> None:
+def check_finite(name: str, energy: float, base: torch.Tensor | None, tuned: torch.Tensor) -> None:
     """Raise when ``energy``, which saw every value, is not finite."""
     if math.isfinite(energy):
         return

@@ -3,68 +3,104 @@
 The result is laid out as stock transformers expects of a bitsandbytes checkpoint: every ``nn.Linear`` that is
 not listed in ``llm_int8_skip_modules`` is stored in parts, weights of GPT-2's Conv1D transposed to [out, in].
 Dequantizing is the same plan with no codec: a copy of the logical view.
+
+With a file of calibration statistics every weight whose inputs it knows is stored in the way that disturbs its outputs least
+(:mod:`qlora_tools.quant.calibrated`); the others as without. Weights named in ``keep`` stay dense: mixed precision.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from qlora_tools.checkpoint.statistics import HELD_OUT, INPUT, Statistics
 from qlora_tools.engine.plan import Outcome, Plan, Read, Source, Unit, Write, copy_units
+from qlora_tools.finite import refuse_non_finite
 from qlora_tools.models.family import Family
 from qlora_tools.names import split_tensor
-from qlora_tools.quant.codec import Codec
+from qlora_tools.quant.calibrated import encode_calibrated
+from qlora_tools.quant.codec import MIN_ELEMENTS, Codec
 from qlora_tools.specs import TensorSpec
 from qlora_tools.stages.sums import relative_error
-
-#: Weights smaller than this stay as they are, whatever their role: quantizing them saves nothing.
-MIN_ELEMENTS = 1024
 
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """What storing one weight in its codec did. ``relative_error`` is ||Q(W) - W|| / ||W|| (Frobenius)."""
+    """What storing one weight in its codec did. ``relative_error`` is ||Q(W) - W|| / ||W|| (Frobenius).
+
+    With calibration ``method`` names the candidate that won, and ``output_errors`` what each candidate left of the layer's output on held-out text:
+    E|(Q(W) - W) x|^2 / E|W x|^2.
+    """
 
     name: str
     relative_error: float
     dense_bytes: int
     stored_bytes: int
     extra: Mapping[str, float] = field(default_factory=dict)
+    method: str = ""
+    output_errors: Mapping[str, float] = field(default_factory=dict)
 
 
 #: Extra numbers about one tensor: (the exact tensor, what the codec made of it, other tensors read) -> name -> value.
 Measure = Callable[..., Mapping[str, float]]
 
 
-def quantized_names(source: Source, family: Family, codec: Codec | None) -> list[str]:
-    """The tensors of ``source`` that ``codec`` will store: linears that are neither embedding nor head."""
+def quantized_names(source: Source, family: Family, codec: Codec | None, keep: Collection[str] = ()) -> list[str]:
+    """The tensors of ``source`` that ``codec`` will store: linears that are neither embedding nor head, nor named in ``keep``."""
     if codec is None:
         return []
-    return [
-        name for name, spec in source.specs.items() if family.is_linear(name, spec.shape) and spec.numel >= MIN_ELEMENTS and spec.torch_dtype.is_floating_point
-    ]
+
+    def fits(name: str, spec: TensorSpec) -> bool:
+        return family.is_linear(name, spec.shape) and spec.numel >= MIN_ELEMENTS and spec.torch_dtype.is_floating_point
+
+    return [name for name, spec in source.specs.items() if name not in keep and fits(name, spec)]
 
 
-def plan_quantize(source: Source, family: Family, codec: Codec | None) -> Plan:
-    """Store the linears of ``source`` with ``codec`` and copy the rest. ``codec=None`` writes everything dense.
+def plan_quantize(source: Source, family: Family, codec: Codec | None, *, statistics: Statistics | None = None, keep: Collection[str] = ()) -> Plan:
+    """Store the linears of ``source`` with ``codec`` and copy the rest, with them what ``keep`` names. ``codec=None`` writes everything dense.
 
-    Units of quantized weights report a :class:`QuantizeReport`, the others nothing.
+    ``statistics`` is the source ``statistics`` of the run. Units of quantized weights report a :class:`QuantizeReport`, the others nothing.
     """
-    chosen = set(quantized_names(source, family, codec))
+    chosen = set(quantized_names(source, family, codec, keep))
     outputs: list[TensorSpec] = []
     units: list[Unit] = []
     for name, spec in source.specs.items():
         if name in chosen:
             assert codec is not None
             outputs.extend(codec.part_specs(stored_spec(spec, family)))
-            units.append(encode_unit(codec, spec, family))
+            units.append(_unit(codec, spec, family, statistics))
         else:
             outputs.append(spec)
             units.extend(copy_units("model", spec))
     return Plan(tuple(outputs), tuple(units))
+
+
+def _unit(codec: Codec, spec: TensorSpec, family: Family, statistics: Statistics | None) -> Unit:
+    moments = statistics.name_of(INPUT, spec.name) if statistics else None
+    if statistics is None or moments is None:
+        return encode_unit(codec, spec, family)
+    return calibrated_unit(codec, spec, family, moments, statistics.name_of(HELD_OUT, spec.name))
+
+
+def calibrated_unit(codec: Codec, spec: TensorSpec, family: Family, moments: str, judge: str | None) -> Unit:
+    """One weight of the source ``model`` through ``codec``, under ``moments`` of the source ``statistics`` and judged by ``judge`` there."""
+    turn, stored = family.stores_inputs_first(spec.name, spec.shape), stored_spec(spec, family)
+
+    def apply(dense: torch.Tensor, moments_II: torch.Tensor, judge_II: torch.Tensor | None = None) -> Outcome:
+        dense = dense.T.contiguous() if turn else dense
+        refuse_non_finite(stored.name, dense)
+        choice = encode_calibrated(codec, stored, dense, moments_II, judge_II)
+        error = relative_error(codec.decode(stored, choice.parts).to(dense.device), dense)
+        stored_bytes = sum(part.nbytes for part in choice.parts.values())
+        report = QuantizeReport(stored.name, error, stored.nbytes, stored_bytes, method=choice.name, output_errors=choice.errors)
+        return Outcome(choice.parts, report)
+
+    reads = [Read("model", stored.name), Read("statistics", moments), *([Read("statistics", judge)] if judge else [])]
+    writes = tuple(Write(part.name) for part in codec.part_specs(stored))
+    return Unit(f"{codec.name} {stored.name}", tuple(reads), writes, apply)
 
 
 def encode_unit(codec: Codec, spec: TensorSpec, family: Family, others: Iterable[Read] = (), measure: Measure | None = None) -> Unit:
@@ -90,14 +126,14 @@ def stored_spec(spec: TensorSpec, family: Family) -> TensorSpec:
     return TensorSpec(spec.name, spec.dtype, spec.shape[::-1]) if family.stores_inputs_first(spec.name, spec.shape) else spec
 
 
-def quantization_config(codec: Codec | None, source: Source, family: Family) -> dict[str, Any] | None:
+def quantization_config(codec: Codec | None, source: Source, family: Family, keep: Collection[str] = ()) -> dict[str, Any] | None:
     """The ``quantization_config`` of config.json; ``None`` for a dense checkpoint.
 
     The modules left dense are listed, so that transformers converts exactly the layers that are stored in parts.
     """
     if codec is None:
         return None
-    chosen = set(quantized_names(source, family, codec))
+    chosen = set(quantized_names(source, family, codec, keep))
     described = codec.describe()
     dtypes = [source.specs[name].torch_dtype for name in chosen]
     if "bnb_4bit_compute_dtype" in described and dtypes:

@@ -38,6 +38,7 @@ class TrainConfig:
     block_size: int = 64
     double_quant: bool = True
     task: str = "auto"
+    merge_aware: bool = False  # compute with the merged weight after ``base_format``'s rounding, over an unquantized base
     # the adapter
     rank: int = 16
     alpha: float | None = None  # None: twice the rank
@@ -123,6 +124,10 @@ class TrainConfig:
             raise UsageError("progressive ranks need plain LoRA with the default initialisation", hint="leave out --dora and --init, or --start-rank")
         if self.dora and self.init in ("pissa", "olora", "loftq"):
             raise UsageError(f"--dora with --init {self.init} has no defined starting point", hint="leave one of them out")
+        if self.merge_aware and self.base_format == "bf16":
+            raise UsageError("--merge-aware trains through a quantizer, but the base is bf16", hint="name what will be merged into with --nf4 or --int8")
+        if self.merge_aware and (self.dora or self.dropout or self.init not in ("default", "gaussian")):
+            raise UsageError("--merge-aware needs plain LoRA without dropout, from --init default", hint="leave out --dora, --dropout and --init")
         if self.init == "loftq" and self.base_format == "bf16":
             raise UsageError("--init loftq splits weights into a quantized part and a low-rank rest, but the base is bf16", hint="add --nf4 or --int8")
 

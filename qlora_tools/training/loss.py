@@ -100,7 +100,7 @@ class LanguageLoss:
 
     def _chunked(self, rows: torch.Tensor, targets_N: torch.Tensor, guide: torch.Tensor | None) -> torch.Tensor:
         """Chunk by chunk, each recomputed in the backward pass."""
-        parts = _chunks(len(targets_N), self._head.width(rows))
+        parts = chunks_of(len(targets_N), self._head.width(rows))
         total = rows.new_zeros((), dtype=torch.float32) if parts else rows.sum(dtype=torch.float32)  # an empty sum has a gradient, too
         for part in parts:
             inputs = (rows[part], targets_N[part], None if guide is None else guide[part])
@@ -136,7 +136,7 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, targets_N: torch.Tensor) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         grad_ND = torch.empty_like(hidden_ND)
-        for part in _chunks(len(targets_N), len(weight_VD)):
+        for part in chunks_of(len(targets_N), len(weight_VD)):
             logits_NV = functional.linear(hidden_ND[part], weight_VD, bias_V)
             rows, targets = torch.arange(len(logits_NV), device=logits_NV.device), targets_N[part]
             log_shares_NV = functional.log_softmax(logits_NV, dim=1, dtype=torch.float32)
@@ -153,7 +153,8 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
         return (grad_ND * grad if grad_ND.dtype == grad.dtype else (grad_ND.float() * grad).to(grad_ND.dtype)), None, None, None
 
 
-def _chunks(count: int, width: int) -> list[slice]:
+def chunks_of(count: int, width: int) -> list[slice]:
+    """Slices of ``count`` rows whose logits over ``width`` entries fit :data:`CHUNK_ELEMENTS`."""
     step = max(16, CHUNK_ELEMENTS // max(1, width))
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 

@@ -1,8 +1,9 @@
 """A base with its adapters merged in, as a source: what ``merge`` stores and ``export --merge`` draws.
 
-``onto`` says which base the change is added to. ``original`` is the checkpoint as given. ``dequantized`` is
-what an adapter trained on a quantized base has really seen: the quantized weights made dense again, simulated
-by a round trip when the base at hand is the 16-bit one.
+``target`` says what the merged model should compute. ``original`` is W + B A, the change on the 16-bit weights. ``trained`` is Q(W) + B A, what an
+adapter trained on a quantized base has really been: the quantized weights made dense again, simulated by a round trip when the base
+at hand is the 16-bit one. An adapter that began as what quantization lost (LoftQ, QERA, an extraction of the total difference) carries
+that correction in its factors; on the original weights it would count twice.
 """
 
 from __future__ import annotations
@@ -14,30 +15,39 @@ from typing import Any
 
 import torch
 
+from qlora_tools.adapters.adapter import Adapter
 from qlora_tools.adapters.merged import MergedSource, base_fingerprint
 from qlora_tools.adapters.peft_files import read_adapter
 from qlora_tools.checkpoint.logical import LogicalCheckpoint
 from qlora_tools.engine.plan import Source
 from qlora_tools.errors import MissingError, UsageError
-from qlora_tools.manifest import sha256_file
+from qlora_tools.manifest import read_manifest, sha256_file
 from qlora_tools.progress import Progress
 from qlora_tools.quant.codec import Codec
-from qlora_tools.specs import TensorSpec
+from qlora_tools.quant.int8 import Int8
+from qlora_tools.quant.nf4 import NF4
+from qlora_tools.specs import TensorSpec, spec_of
 from qlora_tools.stages.quantize import quantized_names, stored_spec
 from qlora_tools.verbs.opening import folder_name, open_model, plain_config
 
-ONTO = ("original", "dequantized")
+TARGETS = ("original", "trained")
+_CODECS: Mapping[str, Codec] = {"nf4": NF4(), "int8": Int8()}
+#: Starting points and objectives that put what quantization lost into the factors.
+_CORRECTING = {"method": ("loftq", "qera"), "init": ("loftq", "qera"), "objective": ("total", "split")}
 
 
 @dataclass(frozen=True)
 class Merged:
-    """A merged model ready to be stored: ``source`` is merged, ``base`` what it was merged onto."""
+    """A merged model ready to be stored: ``source`` is merged, ``base`` what it was merged onto. ``simulated``: the codec that a 16-bit checkpoint was put
+    through to get there."""
 
     checkpoint: LogicalCheckpoint
     base: Source
     source: MergedSource
+    adapters: tuple[tuple[Adapter, float], ...]
     adapter_folders: tuple[Path, ...]
-    onto: str
+    target: str
+    simulated: Codec | None = None
 
     @property
     def name(self) -> str:
@@ -64,26 +74,70 @@ class Merged:
         return described
 
 
-def open_merged(base: str | Path, adapters: Sequence[tuple[str | Path, float]], onto: str | None, simulate: Codec, progress: Progress) -> Merged:
+def open_merged(
+    base: str | Path,
+    adapters: Sequence[tuple[str | Path, float]],
+    target: str | None,
+    simulate: Codec,
+    progress: Progress,
+    *,
+    anyway: bool = False,
+) -> Merged:
     """Read the base and its adapters from headers and check that they fit.
 
-    ``onto=None`` means the base as given. ``simulate`` is the codec of the round trip when ``dequantized`` is asked
-    of a 16-bit base.
+    ``target=None``: ``trained`` for a quantized base and for adapters that correct a quantized one, else ``original``. ``simulate`` is the codec of the
+    round trip when ``trained`` is wanted on a 16-bit base and no adapter says which one it was trained on. ``anyway``: do not refuse what counts a correction twice.
 
     Raises:
-        UsageError: ``original`` is asked of a quantized base. And what ``read_adapter`` and ``MergedSource`` raise.
+        UsageError: ``original`` is asked of a quantized base, or of an adapter that corrects a quantized one. And what ``read_adapter`` and
+        ``MergedSource`` raise.
     """
     checkpoint = open_model(base, progress)
-    onto = onto or ("dequantized" if checkpoint.quantized else "original")
-    if onto == "original" and checkpoint.quantized:
-        raise UsageError(
-            f"{base} is quantized, so the original weights are not at hand", hint="give the 16-bit model as --base, or merge with --onto dequantized"
-        )
-    view: Source = RoundTripped(checkpoint, simulate) if onto == "dequantized" and not checkpoint.quantized else checkpoint
     folders = tuple(_adapter_folder(path) for path, _ in adapters)
-    bound = [(read_adapter(folder, view.specs, checkpoint.family, ties=checkpoint.ties), weight) for folder, (_, weight) in zip(folders, adapters, strict=True)]
+    correcting = next((said for folder in folders if (said := correction(folder))), None)
+    target = target or ("trained" if checkpoint.quantized or correcting else "original")
+    if target == "original" and checkpoint.quantized:
+        raise UsageError(
+            f"{base} is quantized, so the original weights are not at hand", hint="give the 16-bit model as --base, or merge with --target trained"
+        )
+    if target == "original" and correcting and not anyway:
+        raise UsageError(
+            f"{correcting}: its factors hold what quantization lost, which the original weights still have: it would count twice",
+            hint="merge with --target trained, or give the quantized model as --base (--anyway merges all the same)",
+        )
+    simulated = None if target == "original" or checkpoint.quantized else next((codec for folder in folders if (codec := trained_on(folder))), simulate)
+    view: Source = RoundTripped(checkpoint, simulated) if simulated else checkpoint
+    read = (read_adapter(folder, view.specs, checkpoint.family, ties=checkpoint.ties) for folder in folders)
+    bound = tuple((adapter, weight) for adapter, (_, weight) in zip(read, adapters, strict=True))
     source = MergedSource(view, bound, ties=checkpoint.ties, fingerprint=base_fingerprint(checkpoint))
-    return Merged(checkpoint, view, source, folders, onto)
+    return Merged(checkpoint, view, source, bound, folders, target, simulated)
+
+
+def correction(folder: Path) -> str | None:
+    """A sentence on how the adapter in ``folder`` came to hold what quantization lost; ``None`` where nothing says so."""
+    manifest = read_manifest(folder)
+    for key, values in _CORRECTING.items():
+        if manifest and manifest.command.get(key) in values:
+            return f"{folder} was made with {key} {manifest.command[key]!r}"
+    return None
+
+
+def trained_on(folder: Path) -> Codec | None:
+    """The codec of the base that the adapter in ``folder`` is for, as its manifest says; ``None`` where that does not tell, or says 16 bits."""
+    manifest = read_manifest(folder)
+    return _CODECS.get(str(manifest.command.get("base_format"))) if manifest else None
+
+
+class Tensors:
+    """Tensors in memory as a source."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+        self.specs: Mapping[str, TensorSpec] = {name: spec_of(name, tensor) for name, tensor in tensors.items()}
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        """The tensor, or its rows."""
+        return self._tensors[name] if rows is None else self._tensors[name][rows[0] : rows[1]]
 
 
 class RoundTripped:

@@ -1,53 +1,42 @@
-"""``qlt quantize``: a checkpoint in NF4 (double-quantized) or int8 that stock transformers loads."""
+"""``qlt quantize``: a checkpoint in NF4 (double-quantized) or int8 that stock transformers loads; with calibration, one that loses less."""
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from qlora_tools.checkpoint.fingerprint import Fingerprinted
 from qlora_tools.checkpoint.folder import check_output
-from qlora_tools.engine.plan import Plan
-from qlora_tools.errors import IncompatibleError, UsageError
-from qlora_tools.manifest import Manifest
+from qlora_tools.checkpoint.statistics import Statistics
+from qlora_tools.errors import IncompatibleError, UnsupportedError, UsageError
 from qlora_tools.names import slug
 from qlora_tools.progress import SILENT, Progress
 from qlora_tools.quant.codec import Codec
 from qlora_tools.quant.int8 import Int8
 from qlora_tools.quant.nf4 import NF4
-from qlora_tools.stages.quantize import QuantizeReport, plan_quantize, quantization_config
-from qlora_tools.verbs.opening import describe_input, folder_name, open_model, plain_config, resolve_device
-from qlora_tools.verbs.saving import save_checkpoint
+from qlora_tools.stages.quantize import plan_quantize, quantized_names
+from qlora_tools.verbs.calibrate import is_statistics, statistics_for, windows_for
+from qlora_tools.verbs.opening import folder_name, open_model, resolve_device
+from qlora_tools.verbs.quantize_judge import WholeModel
+from qlora_tools.verbs.quantize_run import Job, KlResult, LayerResult, QuantizeResult
+
+__all__ = ["CONTEXT", "SCHEMES", "TOKENS", "KlResult", "LayerResult", "QuantizeResult", "codec_for", "quantize"]
 
 SCHEMES = ("nf4", "int8")
+TOKENS, CONTEXT = 32_768, 512
 
 
-@dataclass(frozen=True)
-class QuantizeResult:
-    """What was (or, in a dry run, would be) written. Bytes count tensors, not headers."""
-
-    output: Path
-    scheme: str
-    dry_run: bool
-    quantized_tensors: int
-    copied_tensors: int
-    dense_bytes: int
-    stored_bytes: int
-    bits_per_weight: float
-    relative_error: float | None
-    seconds: float
-
-
-def codec_for(scheme: str, *, block_size: int = 64, double_quant: bool = True) -> Codec:
+def codec_for(scheme: str, *, block_size: int = 64, double_quant: bool = True, search: str | None = None) -> Codec:
     """The codec that stores ``scheme``.
 
     Raises:
-        UsageError: no such scheme.
+        UsageError: no such scheme, or a scale search for another than NF4.
     """
     if scheme == "nf4":
-        return NF4(block_size=block_size, double_quant=double_quant)
+        return NF4(block_size=block_size, double_quant=double_quant, search=search)
+    if search is not None:
+        raise UsageError(f"--search is for nf4, not {scheme}", hint="int8's rows are fitted with --calib")
     if scheme == "int8":
         return Int8()
     raise UsageError(f"no scheme is called {scheme!r}", hint=f"choose one of {', '.join(SCHEMES)}")
@@ -59,6 +48,13 @@ def quantize(
     scheme: str = "nf4",
     block_size: int = 64,
     double_quant: bool = True,
+    search: str | None = None,
+    calib: str | Path | None = None,
+    tokens: int = TOKENS,
+    context: int = CONTEXT,
+    seed: int = 0,
+    max_bytes: int | None = None,
+    max_kl: float | None = None,
     output: Path | None = None,
     force: bool = False,
     device: str = "auto",
@@ -67,63 +63,57 @@ def quantize(
 ) -> QuantizeResult:
     """Quantize every linear of ``model`` except head and embeddings; see :func:`codec_for` for ``scheme``.
 
+    ``search``: NF4's scales by least squared error, ``positive`` or ``signed``. ``calib``: a text file, a file of statistics, ``self`` or ``builtin``;
+    ``tokens`` of it in windows of ``context`` are read. ``max_bytes`` (of all tensors) and ``max_kl`` (nats per token): mixed precision, the layers
+    that gain most per byte stay in 16 bits; both need a text.
+
     Raises:
-        IncompatibleError: the model is quantized already. And what reading and writing raise.
+        IncompatibleError: the model is quantized already. UsageError: options that do not go together, or too few bytes. And what reading and
+        writing raise.
     """
-    began = time.perf_counter()
-    codec = codec_for(scheme, block_size=block_size, double_quant=double_quant)
+    codec = codec_for(scheme, block_size=block_size, double_quant=double_quant, search=search)
+    mixed = max_bytes is not None or max_kl is not None
+    if mixed and (calib is None or is_statistics(calib)):
+        raise UsageError("--max-bytes and --max-kl measure on text", hint="give --calib a text file, `self` or `builtin`")
     source = open_model(model, progress)
     if source.quantized:
         held = sorted({item.codec.name for item in source.quantized.values()})
         raise IncompatibleError(f"{model} is quantized already ({', '.join(held)})", hint="quantize the 16-bit model that it came from")
     dest = output or Path("checkpoints") / slug(f"{folder_name(source.folder)}-{scheme}")
     check_output(dest, force=force, inputs=[source.folder])
-    plan = plan_quantize(source, source.family, codec)
-    if not any(unit.label.startswith(codec.name) for unit in plan.units):
+    if not quantized_names(source, source.family, codec):
         raise IncompatibleError(f"{model} holds no linear layer to quantize", hint="run `qlt inspect` on it")
-    reports: list[Any] = []
-    if not dry_run:
-        hashed = Fingerprinted(source, frozenset(unit.reads[0].name for unit in plan.units if unit.label.startswith(codec.name)))
-        reports = save_checkpoint(
-            plan,
-            {"model": hashed},
-            dest,
-            config={**plain_config(source.config), "quantization_config": quantization_config(codec, source, source.family)},
-            side_files=source.folder,
-            manifest=lambda done: Manifest(
-                "checkpoint",
-                {
-                    "verb": "quantize",
-                    "scheme": scheme,
-                    "block_size": block_size if scheme == "nf4" else None,
-                    "double_quant": double_quant if scheme == "nf4" else None,
-                },
-                inputs={"model": describe_input(source)},
-                source_tensors=dict(sorted(hashed.sha256.items())),
-                report={"relative_error": {report.name: report.relative_error for report in done if isinstance(report, QuantizeReport)}},
-            ),
-            force=force,
-            inputs=[source.folder],
-            device=resolve_device(device),
-            title=f"quantize to {scheme}",
-            progress=progress,
-        )
-    return _result(plan, codec, dest, dry_run, [report for report in reports if isinstance(report, QuantizeReport)], source.specs, time.perf_counter() - began)
+    settings = {"verb": "quantize", "scheme": scheme, "search": search, "calib": _calib_name(calib), "max_bytes": max_bytes, "max_kl": max_kl}
+    settings |= {"block_size": block_size if scheme == "nf4" else None, "double_quant": double_quant if scheme == "nf4" else None}
+    job = Job(source, codec, dest, force, resolve_device(device), settings, progress)
+    if dry_run:
+        if calib is not None and is_statistics(calib):
+            with Statistics(Path(calib)) as statistics:
+                statistics.check(source)
+        return job.result(plan_quantize(source, source.family, codec), dry_run=True)
+    if calib is None:
+        return job.write(plan_quantize(source, source.family, codec))
+    with _calibrated(job, calib, tokens, context, seed):
+        return job.write_mixed(max_bytes, max_kl) if mixed else job.write_calibrated()
 
 
-def _result(plan: Plan, codec: Codec, dest: Path, dry_run: bool, reports: list[QuantizeReport], specs: Any, seconds: float) -> QuantizeResult:
-    quantized = {unit.reads[0].name for unit in plan.units if unit.label.startswith(codec.name)}
-    weights = sum(specs[name].numel for name in quantized)
-    copied = sum(spec.nbytes for name, spec in specs.items() if name not in quantized)
-    return QuantizeResult(
-        output=dest,
-        scheme=codec.name,
-        dry_run=dry_run,
-        quantized_tensors=len(quantized),
-        copied_tensors=len(specs) - len(quantized),
-        dense_bytes=sum(spec.nbytes for spec in specs.values()),
-        stored_bytes=plan.output_bytes,
-        bits_per_weight=8 * (plan.output_bytes - copied) / weights,
-        relative_error=(sum(report.relative_error**2 for report in reports) / len(reports)) ** 0.5 if reports else None,
-        seconds=seconds,
-    )
+def _calib_name(calib: str | Path | None) -> str | None:
+    """What a manifest says: no path of this machine."""
+    return None if calib is None else Path(calib).name
+
+
+@contextmanager
+def _calibrated(job: Job, calib: str | Path, tokens: int, context: int, seed: int) -> Iterator[None]:
+    """Give ``job`` its statistics and, where there is text and memory, the judge of the whole model."""
+    with ExitStack() as stack:
+        made: dict[str, Any] = {"tokens": tokens, "context": context, "seed": seed, "device": job.device, "progress": job.progress}
+        job.statistics = stack.enter_context(statistics_for(job.source, calib, beside=job.dest, **made))
+        if is_statistics(calib):
+            job.progress.note("the statistics come without their text: layers are compared one by one, the whole model is not")
+        else:
+            held_out_NL = windows_for(job.source, calib, **made).held_out_NL
+            try:
+                job.judge = WholeModel(job.source, held_out_NL, device=job.device, progress=job.progress)
+            except UnsupportedError as error:
+                job.progress.note(f"{error}; layers are compared one by one, the whole model is not")
+        yield

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,11 @@ def save_checkpoint(
     device: str,
     title: str,
     progress: Progress,
+    checked: Callable[[Path], None] = lambda folder: None,
 ) -> list[Any]:
     """Write ``plan`` as a Hugging Face folder at ``dest`` and return the units' reports.
 
+    ``checked`` sees the folder, whole but for its manifest and under a name that does not last; what it raises leaves nothing behind.
     ``manifest`` is called with the reports after the weights are written and gives the :class:`Manifest` to seal with.
     """
     with output_folder(dest, force=force, inputs=inputs) as folder:
@@ -38,6 +40,7 @@ def save_checkpoint(
             reports = run(plan, sources, writer, device=device, title=title, progress=progress)
         (folder / "config.json").write_bytes(canonical_json(dict(config)))
         copy_side_files(side_files, folder)
+        checked(folder)
         sealed: Manifest = manifest(reports)
         seal(folder, sealed)
     return reports

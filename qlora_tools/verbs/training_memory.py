@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from qlora_tools.training.estimate import Estimate, Subject, empty_base, estimat
 from qlora_tools.training.fused import fuse
 from qlora_tools.training.lora import inject
 from qlora_tools.training.loss import LanguageLoss, label_loss
+from qlora_tools.training.merge_aware import Rounding, quantize_in_forward, round_trip
 from qlora_tools.verbs.quantize import codec_for
 from qlora_tools.verbs.training_data import Data
 
@@ -23,7 +25,22 @@ TASK_TYPES = {"language": "CAUSAL_LM", "classification": "SEQ_CLS", "image": Non
 
 def codec_of(config: TrainConfig) -> Codec | None:
     """How the base is held; ``None``: dense."""
+    return None if config.merge_aware else quantizer_of(config)
+
+
+def quantizer_of(config: TrainConfig) -> Codec | None:
+    """The format that the config names."""
     return None if config.base_format == "bf16" else codec_for(config.base_format, block_size=config.block_size, double_quant=config.double_quant)
+
+
+def settle_forward(model: Any, config: TrainConfig, rounding: Rounding | None = None) -> None:
+    """How the adapter's layers compute: fused, or with ``merge_aware`` through the quantizer (or a stand-in for it)."""
+    if not config.merge_aware:
+        fuse(model)
+        return
+    codec = quantizer_of(config)
+    assert codec is not None, config.base_format
+    quantize_in_forward(model, rounding or round_trip(codec))
 
 
 def compute_dtype(config: TrainConfig, device: str) -> torch.dtype:
@@ -48,7 +65,7 @@ def adapter_of(
     def adapt(model: nn.Module, chosen: TrainConfig) -> Subject:
         heads = heads_of(model, checkpoint, made.task)
         adapted = inject(model, ranks, chosen, TASK_TYPES[made.task], heads=heads, originals=lambda path: torch.empty(0), dtype=dtype)
-        fuse(adapted)
+        settle_forward(adapted, chosen, rounding=lambda path, dense_OI: dense_OI)
         if made.task != "language":
             return Subject(adapted, label_loss)
         if teacher is None:

@@ -20,7 +20,6 @@ from qlora_tools.training import events
 from qlora_tools.training.allocator import Heap, peak_bytes
 from qlora_tools.training.config import TrainConfig
 from qlora_tools.training.estimate import can_checkpoint
-from qlora_tools.training.fused import fuse
 from qlora_tools.training.loop import Run, backward, restore, train_mode
 from qlora_tools.training.lora import adapter_state, choose_modules, inject, rank_of, save_adapter, sides, trainable_parameters
 from qlora_tools.training.loss import LanguageLoss, Loss, label_loss
@@ -34,7 +33,7 @@ from qlora_tools.training.state import RunIdentity, seed_everything
 from qlora_tools.training.world import World
 from qlora_tools.verbs.opening import folder_name
 from qlora_tools.verbs.training_data import Data
-from qlora_tools.verbs.training_memory import TASK_TYPES, codec_of, compute_dtype, estimate_run, heads_of, teacher_codec
+from qlora_tools.verbs.training_memory import TASK_TYPES, codec_of, compute_dtype, estimate_run, heads_of, settle_forward, teacher_codec
 from qlora_tools.verbs.training_time import seconds_per_step
 
 _NEED_BATCHES = 4
@@ -173,7 +172,7 @@ def prepare_run(
     checkpointing = config.checkpointing == "on" or (config.checkpointing == "auto" and plan.estimate is not None and plan.estimate.checkpointing)
     if checkpointing:
         recompute_activations(model)
-    fuse(model)
+    settle_forward(model, config)
     heap.give_back()
     loss, teacher_sha256 = _loss(base, made.task, teacher, config, dtype, device, progress)
     run = Run(

@@ -193,25 +193,17 @@ def test_a_requantized_merge_is_what_quantizing_the_merge_gives(qlt, here, adapt
     assert stored.quantized.keys() == {name for name in exact.specs if "_proj" in name}
 
 
-def test_merging_onto_the_grid_warns_that_the_adapter_is_lost(qlt, here, llama, tmp_path):
-    small = nudge(llama, tmp_path / "small", scale=0.01)
-    qlt("extract", "--base", llama, "--tuned", small, "--rank", 4)
-    qlt("quantize", llama, "--nf4", "-o", "base-nf4")
-    done = qlt("merge", "--base", "base-nf4", "--nf4", "-o", "m")
-    assert done.code == 0 and "rounded away" in done.err and "hint:" in done.err
-
-
 def test_the_original_of_a_quantized_base_is_not_at_hand(qlt, here, adapter, llama):
     qlt("quantize", llama, "-o", "base-nf4")
-    done = qlt("merge", "--base", "base-nf4", "--adapter", adapter, "--onto", "original", "-o", "m")
+    done = qlt("merge", "--base", "base-nf4", "--adapter", adapter, "--target", "original", "-o", "m")
     assert done.code == 2 and "16-bit" in done.err
     assert qlt("merge", "--base", "base-nf4", "--adapter", adapter, "-o", "m").code == 0
 
 
-def test_onto_dequantized_simulates_the_quantized_base(qlt, here, adapter, llama):
+def test_the_trained_target_simulates_the_quantized_base(qlt, here, adapter, llama):
     qlt("quantize", llama, "--nf4", "-o", "base-nf4")
     qlt("merge", "--base", "base-nf4", "--adapter", adapter, "-o", "a")
-    qlt("merge", "--base", llama, "--adapter", adapter, "--onto", "dequantized", "-o", "b")
+    qlt("merge", "--base", llama, "--adapter", adapter, "--target", "trained", "-o", "b")
     assert (here / "a/model.safetensors").read_bytes() == (here / "b/model.safetensors").read_bytes()
 
 

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from qlora_tools.lowrank.initial import gaussian, loftq, olora, pissa, uniform
+from qlora_tools.lowrank.initial import gaussian, loftq, olora, pissa, qera, uniform
 
 
 def weight(rows: int, columns: int) -> torch.Tensor:
@@ -88,6 +88,69 @@ def test_loftq_of_an_exact_base_still_can_learn() -> None:
     w = grid(weight(12, 8))
     factors = loftq(w, grid, 3, 2.0, "layer")
     assert not factors.b_OR.any() and factors.a_RI.abs().min() > 0
+
+
+def peft_loftq(w: torch.Tensor, rank: int, alpha: float, monkeypatch: pytest.MonkeyPatch):
+    """PEFT's layer after its own LoftQ start. Its function asks for a GPU in its first lines; here its own decomposition runs without one."""
+    from peft import LoftQConfig
+    from peft.tuners.lora import layer as peft_layer
+    from peft.utils import loftq_utils
+
+    def on_the_cpu(values: torch.Tensor, num_bits: int, reduced_rank: int, num_iter: int):
+        found = loftq_utils._low_rank_decomposition(values.float() - grid(values.float()), reduced_rank=reduced_rank)
+        return grid(values), found["R"], found["L"]
+
+    monkeypatch.setattr(peft_layer, "loftq_init", on_the_cpu)
+    base = nn.Sequential(nn.Linear(w.shape[1], w.shape[0], bias=False))
+    base[0].weight.data = w.float().clone()
+    settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=["0"], init_lora_weights="loftq", loftq_config=LoftQConfig(loftq_bits=4))
+    return get_peft_model(base, settings).base_model.model[0]
+
+
+def test_pefts_loftq_forgets_the_scale_which_ours_divides_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LoftQ's own settings, alpha 16 at rank 64: a quarter of the correction is applied."""
+    w = weight(96, 80)
+    lost = w - grid(w)
+    layer = peft_loftq(w, 64, 16.0, monkeypatch)
+    scale = layer.scaling["default"]
+    theirs = scale * layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double()
+    ours = product(loftq(w, grid, 64, scale), scale)
+    assert scale == 0.25
+    assert torch.allclose(theirs, 0.25 * best(lost, 64), atol=1e-5)
+    assert torch.linalg.norm(ours - best(lost, 64)) <= 0.02 * torch.linalg.norm(best(lost, 64))
+    assert torch.linalg.norm(lost - theirs) > 0.75 * torch.linalg.norm(lost) > 3 * torch.linalg.norm(lost - ours)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it runs")
+def test_pefts_loftq_refuses_the_cpu() -> None:
+    from peft.utils.loftq_utils import loftq_init
+
+    with pytest.raises((AssertionError, RuntimeError)):
+        loftq_init(weight(64, 64).float(), num_bits=4, reduced_rank=4)
+
+
+@pytest.mark.parametrize("scale", [2.0, 0.25])
+def test_qera_leaves_least_of_what_the_inputs_see(scale: float) -> None:
+    w, x = weight(48, 36), weight(500, 36) * torch.linspace(0.1, 6.0, 36)
+    moments = (x.T @ x / 500).float()
+    lost = w - grid(w)
+    values, vectors = torch.linalg.eigh(moments.double())
+    root = (vectors * values.sqrt()) @ vectors.T
+    optimum = best(lost @ root, 6) @ torch.linalg.inv(root)
+    found, plain = product(qera(w, grid, moments, 6, scale), scale), product(loftq(w, grid, 6, scale), scale)
+    seen = [float(torch.linalg.norm((lost - correction) @ root)) for correction in (optimum, found, plain)]
+    assert seen[0] <= seen[1] <= seen[0] * (1 + 1e-3) < 0.95 * seen[2]
+
+
+def test_qera_of_inputs_never_seen_is_loftq_and_every_component_can_learn() -> None:
+    w = weight(20, 16)
+    unseen = qera(w, grid, torch.zeros(16, 16), 4, 2.0, "layer")
+    assert torch.equal(product(unseen, 2.0), product(loftq(w, grid, 4, 2.0, "layer"), 2.0))
+    x = weight(2, 16)
+    few = qera(w, grid, (x.T @ x).float(), 4, 2.0, "layer")
+    assert bool(few.a_RI.any(dim=1).all()) and not few.b_OR[:, 2:].any()
+    exact = qera(grid(w), grid, torch.eye(16), 4, 2.0, "layer")
+    assert not exact.b_OR.any() and bool(exact.a_RI.any(dim=1).all())
 
 
 @pytest.mark.parametrize("shape", [(8, 300), (4, 3, 5, 5)])

@@ -113,7 +113,7 @@ BUILDS: dict[str, tuple[Callable[[], Any], bool]] = {
 @pytest.mark.parametrize("chunk", [1, 16, 17, 1000])
 @pytest.mark.parametrize("build", BUILDS)
 def test_chunks_are_the_whole_cross_entropy(build: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_chunks", lambda count, width: [slice(start, min(start + chunk, count)) for start in range(0, count, chunk)])
+    monkeypatch.setattr(module, "chunks_of", lambda count, width: [slice(start, min(start + chunk, count)) for start in range(0, count, chunk)])
     make, splits = BUILDS[build]
     model, data = frozen_head(make()), batch()
     loss = LanguageLoss(model)
@@ -176,10 +176,10 @@ def test_evaluation_gives_the_same_number(build: str) -> None:
 
 def test_chunks_cover_every_row_once_and_stay_small() -> None:
     for count in (0, 1, 16, 17, 1000):
-        parts = module._chunks(count, 1 << 19)
+        parts = module.chunks_of(count, 1 << 19)
         assert [row for part in parts for row in range(part.start, part.stop)] == list(range(count))
         assert all(part.stop - part.start <= 16 for part in parts)
-    assert len(module._chunks(1000, 100)) == 1
+    assert len(module.chunks_of(1000, 100)) == 1
 
 
 def distilled(student: Any, teacher: Any, data: Batch, weight: float, temperature: float) -> torch.Tensor:
@@ -195,7 +195,7 @@ def distilled(student: Any, teacher: Any, data: Batch, weight: float, temperatur
 @pytest.mark.parametrize(("weight", "temperature"), [(0.5, 1.0), (0.3, 2.5), (1.0, 0.7)])
 @pytest.mark.parametrize("splits", [(True, True), (False, True), (True, False)])
 def test_distillation_is_its_formula(weight: float, temperature: float, splits: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_chunks", lambda count, width: [slice(start, min(start + 5, count)) for start in range(0, count, 5)])
+    monkeypatch.setattr(module, "chunks_of", lambda count, width: [slice(start, min(start + 5, count)) for start in range(0, count, 5)])
     student = frozen_head(llama(1) if splits[0] else squared(1))
     teacher = llama(2) if splits[1] else squared(2)
     data = batch()

@@ -73,6 +73,7 @@ def _options(function: F) -> F:
         headed(run)("--bf16", "base_format", flag_value="bf16", help=f"Hold it unquantized{_default_mark('bf16')}."),
         _choice(run, "--block-size", "Weights per NF4 block.", int, metavar="N"),
         _choice(run, "--double-quant/--no-double-quant", "Quantize the NF4 block scales to 8 bits."),
+        _choice(run, "--merge-aware/--no-merge-aware", "Train for `qlt merge --nf4|--int8`: compute with the merged weight, rounded. The base stays unquantized."),
         _choice(run, "--task", "What to train. auto: as config.json and data say.", one_of(choices_of.TASKS)),
         _choice(run, "--max-len", "Tokens of an example at most; what is longer is cut and counted.", int, metavar="N"),
         _choice(run, "--pack/--no-pack", "Fill rows with several examples that do not see each other."),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
 import torch
 
+from qlora_tools.export.formats.format import Moments
 from qlora_tools.export.nodes import Nodes
 from qlora_tools.specs import TensorSpec, dtype
 
@@ -24,6 +25,9 @@ class Dense:
 
     def encode(self, name: str, w_OI: torch.Tensor) -> dict[str, torch.Tensor]:
         return {name: w_OI.to(dtype(self.stored).torch)}
+
+    def candidates(self, name: str, w_OI: torch.Tensor, moments: Moments) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        yield "plain", self.encode(name, w_OI)
 
     def decode(self, name: str, parts: Mapping[str, torch.Tensor], columns: int, *, looked_up: bool = False) -> torch.Tensor:
         return parts[name].to(torch.float32)

@@ -23,15 +23,17 @@ Parts, for each group g of inputs: ``name.g`` I8 [O, I_g], ``name.g.scale`` F32 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 import torch
 
+from qlora_tools.export.formats.format import Moments
 from qlora_tools.export.nodes import Nodes
 from qlora_tools.quant.affine import REST_STEP, quantize_affine
+from qlora_tools.quant.gptq import StepGrid, sweep
 from qlora_tools.specs import TensorSpec
 
 _LARGEST = 63
@@ -70,6 +72,21 @@ class Digits:
             parts |= {} if grid.rest is None else {rest: grid.rest[:, 0]}
             start += width
         return parts
+
+    def candidates(self, name: str, w_OI: torch.Tensor, moments: Moments) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """With a remainder only the plain one: the second byte reaches half a step, which error feedback does not keep to."""
+        plain = self.encode(name, w_OI)
+        yield "plain", plain
+        if self.remainder:
+            return
+        widths = torch.tensor(self.groups(w_OI.shape[1]))
+        names = [_part_names(name, group) for group in range(len(widths))]
+        scale_OG = torch.stack([plain[part[1]] for part in names], 1)
+        zero_OG = torch.stack([plain[part[2]].float() + 128 for part in names], 1)
+        grid = StepGrid(0, 255, scale_OG.repeat_interleave(widths, 1), zero_OG.repeat_interleave(widths, 1))
+        codes_OI = sweep(w_OI, moments.feedback, grid)
+        pieces = codes_OI.split(widths.tolist(), 1)
+        yield "feedback", plain | {part[0]: _signed(piece.contiguous()) for part, piece in zip(names, pieces, strict=True)}
 
     def decode(self, name: str, parts: Mapping[str, torch.Tensor], columns: int, *, looked_up: bool = False) -> torch.Tensor:
         pieces = []

@@ -6,14 +6,26 @@ has O as its first axis, so that packed projections are written as row ranges an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import onnx_ir as ir
 import torch
 
 from qlora_tools.export.nodes import Nodes
+from qlora_tools.quant.gptq import Feedback
 from qlora_tools.specs import TensorSpec
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """What a layer's inputs x are like: ``learn_II`` = E[x x'] fp32 over the text that candidates are made from, ``feedback`` its factor, and
+    ``judge_II`` the same over other text, which they are judged by."""
+
+    learn_II: torch.Tensor
+    judge_II: torch.Tensor
+    feedback: Feedback
 
 
 class WeightFormat(Protocol):
@@ -25,6 +37,9 @@ class WeightFormat(Protocol):
 
         NaN or infinity in the weight shows in a floating part, or raises NonFiniteError.
         """
+
+    def candidates(self, name: str, w_OI: torch.Tensor, moments: Moments) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """Ways to carry the same rows in the same parts, made for the inputs of ``moments``; :meth:`encode`'s own, ``plain``, comes first."""
 
     def decode(self, name: str, parts: Mapping[str, torch.Tensor], columns: int, *, looked_up: bool = False) -> torch.Tensor:
         """What the graph multiplies with, or what it looks up, fp32 [rows, columns]."""

@@ -1,0 +1,142 @@
+"""How much of what an adapter gained a merged checkpoint keeps, end to end, on a text.
+
+log(ppl_base / ppl_merged) / log(ppl_base / ppl_unmerged): the base as it was merged into, the base with its adapters beside it, and the
+stored result, which is read back as anybody would read it. All three compute in fp32 on the CPU and in bf16 elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from qlora_tools.checkpoint.logical import LogicalCheckpoint, open_checkpoint
+from qlora_tools.engine.plan import Source
+from qlora_tools.live.base import Base, load_base
+from qlora_tools.live.frozen import FrozenConv1D, FrozenConv2d, FrozenLinear, StoredWeight
+from qlora_tools.progress import Progress
+from qlora_tools.quality.intervals import retention_interval
+from qlora_tools.quality.perplexity import Perplexity, perplexity
+from qlora_tools.quant.codec import Codec
+from qlora_tools.specs import spec_of
+from qlora_tools.verbs.evaluate import read_text
+from qlora_tools.verbs.merging import Merged, open_merged
+
+TOKENS, CONTEXT = 16_384, 256
+
+
+@dataclass(frozen=True)
+class Gain:
+    """``kept`` is ``None`` where the adapter gains nothing on this text. ``ci95``: bootstrap over windows. ``with_branch``: the share kept with the branch
+    of ``--method residual`` on."""
+
+    text: str
+    n_tokens: int
+    ppl_base: float
+    ppl_unmerged: float
+    ppl_merged: float
+    kept: float | None
+    ci95: tuple[float, float] | None
+    with_branch: float | None = None
+
+
+def gain_kept(
+    merged: Merged,
+    stored: Path,
+    text: str | Path,
+    *,
+    branch: Path | None = None,
+    device: str = "cpu",
+    progress: Progress,
+) -> Gain:
+    """Judge the checkpoint ``stored``, made of ``merged``.
+
+    Raises:
+        UsageError: too short a text. MissingError: no tokenizer beside the base.
+    """
+    reading = read_text(merged.checkpoint.folder, Path(text), tokens=TOKENS, context=CONTEXT)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+
+    def judge(base: Base, title: str) -> Perplexity:
+        return perplexity(_logits(base.model, device), reading.windows, progress=progress, title=title)
+
+    codec = held_codec(merged.checkpoint) or merged.simulated
+    model = load_base(merged.checkpoint, "language", codec, dtype=dtype, device=device, progress=progress)
+    base = judge(model, "eval base")
+    place(model, merged.source, merged.source.changed, untied=merged.source.untied)
+    unmerged = judge(model, "eval unmerged")
+    result = open_checkpoint(stored)
+    model = load_base(result, "language", held_codec(result), dtype=dtype, device=device, progress=progress)
+    found = judge(model, "eval merged")
+    sidewise = None
+    if branch is not None:
+        beside = open_merged(stored, [(branch, 1.0)], None, held_codec(result) or codec, progress)  # type: ignore[arg-type]
+        place(model, beside.source, beside.source.changed)
+        sidewise = judge(model, "eval with branch")
+    kept, interval = _kept(base, unmerged, found)
+    return Gain(
+        text=reading.corpus.name,
+        n_tokens=base.n_tokens,
+        ppl_base=base.value,
+        ppl_unmerged=unmerged.value,
+        ppl_merged=found.value,
+        kept=kept,
+        ci95=interval,
+        with_branch=None if sidewise is None else _kept(base, unmerged, sidewise)[0],
+    )
+
+
+def _kept(base: Perplexity, unmerged: Perplexity, found: Perplexity) -> tuple[float | None, tuple[float, float] | None]:
+    if not unmerged.value < base.value:
+        return None, None
+    interval = retention_interval(base.nll, unmerged.nll, found.nll)
+    return interval.value, None if interval.low is None or interval.high is None else (interval.low, interval.high)
+
+
+def held_codec(checkpoint: LogicalCheckpoint) -> Codec | None:
+    """The codec that a checkpoint's quantized weights are in."""
+    return next((item.codec for item in checkpoint.quantized.values()), None)
+
+
+def _logits(model: Any, device: str) -> Callable[[np.ndarray[Any, Any]], Any]:
+    @torch.inference_mode()
+    def logits(ids_T: np.ndarray[Any, Any]) -> torch.Tensor:
+        found: torch.Tensor = model(input_ids=torch.from_numpy(ids_T)[None].to(device), use_cache=False).logits[0]
+        return found.float().cpu()
+
+    return logits
+
+
+@torch.no_grad()
+def place(base: Base, source: Source, names: Collection[str], untied: Collection[str] = (), *, oriented: bool = False) -> None:
+    """Put the tensors ``names`` of ``source`` into a loaded model, dense. ``untied``: names that no longer share their owner's values. ``oriented``:
+    the source has all weights as [out, in]."""
+    family = base.checkpoint.family
+    for path, owner in base.tensor_of.items():
+        name = f"{path}.weight" if f"{path}.weight" in untied else owner
+        module = base.model.get_submodule(path)
+        if name in names:
+            turned = not oriented and family.stores_inputs_first(name, source.specs[name].shape)
+            _put(module, "weight", source.read(name), turn=turned, alone=name in untied)
+        if f"{path}.bias" in names:
+            _put(module, "bias", source.read(f"{path}.bias"))
+
+
+def _put(module: nn.Module, leaf: str, value: torch.Tensor, *, turn: bool = False, alone: bool = False) -> None:
+    """``value`` as a tensor of ``module``; modules that share it follow unless ``alone``."""
+    if leaf == "weight" and isinstance(module, FrozenLinear | FrozenConv1D | FrozenConv2d):
+        old = module.stored
+        dense = (value.T if turn else value).to(old.spec.torch_dtype).contiguous()
+        module.stored = StoredWeight(None, spec_of(old.spec.name, dense), {old.spec.name: dense}).to(old.device)
+        return
+    parameter: Any = getattr(module, leaf)
+    fresh = value.to(parameter.device, parameter.dtype)
+    if alone:
+        module._parameters[leaf] = nn.Parameter(fresh, requires_grad=False)
+    else:
+        parameter.data = fresh
