@@ -117,8 +117,8 @@ def ours(work: Path, statistics, threads: int) -> None:
     from qlora_tools.checkpoint.writer import CheckpointWriter
     from qlora_tools.engine.plan import Outcome, Plan, Read, Unit, Write
     from qlora_tools.engine.run import run
-    from qlora_tools.quant.calibrated import nf4_grid
     from qlora_tools.quant.gptq import sweep
+    from qlora_tools.quant.grids import nf4_grid
     from qlora_tools.quant.nf4 import NF4
 
     model, codec, outputs, units = open_checkpoint(work / "model"), NF4(), [], []
@@ -126,7 +126,9 @@ def ours(work: Path, statistics, threads: int) -> None:
     def unit(spec):
         def apply(w_OI, moments_II):
             scales = codec.fit(spec, w_OI)
-            return Outcome(codec.pack(spec, sweep(w_OI, moments_II, nf4_grid(scales, w_OI), damp=DAMP, block=BLOCK), scales))
+            return Outcome(
+                codec.pack(spec, sweep(w_OI, moments_II, nf4_grid(scales.decoded, scales.state.blocksize, tuple(w_OI.shape)), damp=DAMP, block=BLOCK), scales)
+            )
 
         reads = (Read("model", spec.name), Read("statistics", statistics.name_of("input", spec.name)))
         return Unit(spec.name, reads, tuple(Write(part.name) for part in codec.part_specs(spec)), apply)

@@ -214,7 +214,8 @@ class _Loader:
             spec = TensorSpec(item.spec.name, dtype_of(self._dtype).name, item.spec.shape)
             stored = StoredWeight(item.codec, spec, self._parts(item))
         else:
-            stored = store(name, stored_orientation(module, self._read(name)), self._codec, self._dtype, self._device)
+            codec = None if self._checkpoint.quantized else self._codec  # of a quantized checkpoint, what is dense was left so on purpose
+            stored = store(name, stored_orientation(module, self._read(name)), codec, self._dtype, self._device)
         self._check_shape(name, stored.spec.shape, tuple(stored_orientation(module, module.weight).shape))  # type: ignore[arg-type]
         bias_O = self._read(bias).to(self._dtype) if bias else None
         if bias_O is not None:

@@ -27,7 +27,8 @@ import torch
 
 from qlora_tools.errors import UnsupportedError
 from qlora_tools.quant.codec import Codec
-from qlora_tools.quant.gptq import Grid, StepGrid, TableGrid, descend, output_error, sweep
+from qlora_tools.quant.gptq import Grid, TableGrid, descend, output_error, sweep
+from qlora_tools.quant.grids import int8_grid, nf4_grid, signed
 from qlora_tools.quant.int8 import Int8
 from qlora_tools.quant.kernels import NF4_LEVELS, TINY
 from qlora_tools.quant.nf4 import NF4, Scales
@@ -40,7 +41,6 @@ DAMP = 0.01
 #: Rounds of coordinate descent after error feedback: the third gains a third of what the first does.
 DESCENTS = 2
 _TILE_ROWS = 512
-_INT8_ZERO = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +94,7 @@ def _nf4_candidates(codec: NF4, spec: TensorSpec, dense: torch.Tensor, moments_I
     yield PLAIN, plain.encode(spec, dense)
     yield "search", searching.encode(spec, dense, _input_weights(dense, moments_II))
     scales = searching.fit(spec, dense)
-    codes_OI = _fed_back(w_OI, moments_II, nf4_grid(scales, w_OI))
+    codes_OI = _fed_back(w_OI, moments_II, _grid(scales, w_OI))
     yield "search+gptq", searching.pack(spec, codes_OI.view(spec.shape), scales)
     if w_OI.shape[1] % codec.block_size == 0:
         yield "search+gptq refit", _nf4_refitted(searching, spec, w_OI, moments_II, codes_OI, scales)
@@ -110,10 +110,8 @@ def _input_weights(dense: torch.Tensor, moments_II: torch.Tensor) -> torch.Tenso
     return moments_II.diagonal() if dense.ndim == 2 else None
 
 
-def nf4_grid(scales: Scales, w_OI: torch.Tensor) -> TableGrid:
-    """What codes of ``w_OI`` mean under ``scales``, wherever the blocks lie."""
-    per_value = scales.decoded.to(w_OI.device).repeat_interleave(scales.state.blocksize)[: w_OI.numel()]
-    return TableGrid(torch.from_numpy(NF4_LEVELS.copy()).to(w_OI.device), per_value.view(w_OI.shape))
+def _grid(scales: Scales, w_OI: torch.Tensor) -> TableGrid:
+    return nf4_grid(scales.decoded.to(w_OI.device), scales.state.blocksize, tuple(w_OI.shape))
 
 
 def _nf4_refitted(
@@ -125,7 +123,7 @@ def _nf4_refitted(
         rows = slice(start, start + _TILE_ROWS)
         refit_scales(w_OI[rows].float(), levels_K[codes_OI[rows].long()], scale_OB[rows], moments_II)
     fitted = codec.scales(spec, scale_OB.view(-1))
-    codes_OI = descend(w_OI, codes_OI, moments_II, nf4_grid(fitted, w_OI), sweeps=DESCENTS, damp=DAMP)
+    codes_OI = descend(w_OI, codes_OI, moments_II, _grid(fitted, w_OI), sweeps=DESCENTS, damp=DAMP)
     return codec.pack(spec, codes_OI.view(spec.shape), fitted)
 
 
@@ -154,15 +152,5 @@ def _int8_candidates(codec: Int8, spec: TensorSpec, dense: torch.Tensor, moments
     parts = codec.encode(spec, dense)
     yield PLAIN, parts
     weight, scales, _ = (part.name for part in codec.part_specs(spec))
-    codes_OI = _fed_back(dense, moments_II, _row_grid(parts[scales].to(dense.device) / 127, dense))
-    yield "gptq", {**parts, weight: _centred(codes_OI)}
-
-
-def _row_grid(scale_O: torch.Tensor, w_OI: torch.Tensor) -> StepGrid:
-    zero = torch.tensor(float(_INT8_ZERO), device=w_OI.device)
-    return StepGrid(_INT8_ZERO - 127, _INT8_ZERO + 127, scale_O[:, None].expand(w_OI.shape), zero.expand(w_OI.shape))
-
-
-def _centred(codes_OI: torch.Tensor) -> torch.Tensor:
-    """int8 codes around 0 of the grid's, which start at 0."""
-    return (codes_OI.to(torch.int16) - _INT8_ZERO).to(torch.int8).cpu()
+    codes_OI = _fed_back(dense, moments_II, int8_grid(parts[scales].to(dense.device), tuple(dense.shape)))
+    yield "gptq", {**parts, weight: signed(codes_OI).cpu()}

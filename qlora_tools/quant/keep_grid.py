@@ -29,6 +29,7 @@ import torch
 from qlora_tools.errors import UnsupportedError
 from qlora_tools.quant.codec import Codec, Stored
 from qlora_tools.quant.gptq import Feedback, Grid, StepGrid, TableGrid, feedback, sweep
+from qlora_tools.quant.grids import INT8_LIMIT, int8_grid, nf4_grid, signed
 from qlora_tools.quant.int8 import Int8
 from qlora_tools.quant.kernels import NF4_LEVELS
 from qlora_tools.quant.nf4 import NF4, STATE_SUFFIX, restore_absmax
@@ -40,8 +41,6 @@ STRENGTH = 1000.0
 RIDGE = 0.1
 #: Damping of the factorization, in units of the mean of R'. Small: the enlarged directions must stay larger than what is added to all.
 DAMP = 1e-4
-_ZERO = 128  # int8 codes are kept as uint8 while they are chosen
-_INT8_LIMIT = 127
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,13 +111,9 @@ def grid_of(stored: Stored, parts: Mapping[str, torch.Tensor]) -> Grid:
         if state.offset is not None:
             nested = parts[f"{spec.name}.nested_absmax"].view(-1)
             absmax_B = restore_absmax(parts[f"{spec.name}.absmax"].view(-1), nested, parts[f"{spec.name}.nested_quant_map"], state, 0, state.blocks)
-        scale_OI = absmax_B.repeat_interleave(state.blocksize)[: spec.numel].view(shape)
-        return TableGrid(torch.from_numpy(NF4_LEVELS.copy()).to(scale_OI.device), scale_OI)
+        return nf4_grid(absmax_B, state.blocksize, shape)
     if isinstance(stored.codec, Int8):
-        scale_O1 = (parts[_scale_name(spec)].float() / _INT8_LIMIT).unsqueeze(1)
-        return StepGrid(
-            _ZERO - _INT8_LIMIT, _ZERO + _INT8_LIMIT, scale_O1.expand(shape), torch.full((1, 1), float(_ZERO), device=scale_O1.device).expand(shape)
-        )
+        return int8_grid(parts[_scale_name(spec)], shape)
     raise UnsupportedError(f"{spec.name} is stored in {stored.codec.name}, whose grid cannot be kept", hint="requantize it instead")
 
 
@@ -136,7 +131,7 @@ def recoded(stored: Stored, parts: Mapping[str, torch.Tensor], codes_OI: torch.T
     """``parts`` with other codes (uint8 of :func:`grid_of`'s grid)."""
     name = stored.spec.name
     if isinstance(stored.codec, Int8):
-        return {**parts, name: (codes_OI.to(torch.int16) - _ZERO).to(torch.int8).view(parts[name].shape)}
+        return {**parts, name: signed(codes_OI).view(parts[name].shape)}
     flat_N, packed = codes_OI.reshape(-1), parts[name].contiguous().view(torch.uint8).view(-1)
     if len(flat_N) % 2:  # the padding keeps its code
         flat_N = torch.cat([flat_N, packed[-1:] & 15])
@@ -153,7 +148,7 @@ def half_steps_square(codec: Codec, dense: torch.Tensor) -> float:
         padded = torch.nn.functional.pad(values_N, (0, -len(values_N) % codec.block_size))
         blocks, span = padded.view(-1, codec.block_size), 2 / (len(NF4_LEVELS) - 1)
     elif isinstance(codec, Int8):
-        blocks, span = dense.flatten(1).float(), 1 / _INT8_LIMIT
+        blocks, span = dense.flatten(1).float(), 1 / INT8_LIMIT
     else:
         return 0.0
     return float((blocks.abs().amax(1).double() * span / 2).square().sum()) * blocks.shape[1]

@@ -10,7 +10,7 @@ With a file of calibration statistics every weight whose inputs it knows is stor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,13 +39,8 @@ class QuantizeReport:
     relative_error: float
     dense_bytes: int
     stored_bytes: int
-    extra: Mapping[str, float] = field(default_factory=dict)
     method: str = ""
     output_errors: Mapping[str, float] = field(default_factory=dict)
-
-
-#: Extra numbers about one tensor: (the exact tensor, what the codec made of it, other tensors read) -> name -> value.
-Measure = Callable[..., Mapping[str, float]]
 
 
 def quantized_names(source: Source, family: Family, codec: Codec | None, keep: Collection[str] = ()) -> list[str]:
@@ -103,22 +98,20 @@ def calibrated_unit(codec: Codec, spec: TensorSpec, family: Family, moments: str
     return Unit(f"{codec.name} {stored.name}", tuple(reads), writes, apply)
 
 
-def encode_unit(codec: Codec, spec: TensorSpec, family: Family, others: Iterable[Read] = (), measure: Measure | None = None) -> Unit:
+def encode_unit(codec: Codec, spec: TensorSpec, family: Family) -> Unit:
     """One weight of the source ``model`` through ``codec``; an [in, out] weight is turned to the [out, in] of the parts."""
     turn = family.stores_inputs_first(spec.name, spec.shape)
     stored = stored_spec(spec, family)
 
-    def apply(dense: torch.Tensor, *rest: torch.Tensor) -> Outcome:
+    def apply(dense: torch.Tensor) -> Outcome:
         dense = dense.T.contiguous() if turn else dense
         parts = codec.encode(stored, dense)
-        decoded = codec.decode(stored, parts)
-        extra = measure(dense, decoded, *(other.T if turn else other for other in rest)) if measure else {}
-        error = relative_error(decoded, dense)
+        error = relative_error(codec.decode(stored, parts), dense)
         stored_bytes = sum(part.nbytes for part in parts.values())
-        return Outcome(parts, QuantizeReport(stored.name, error, stored.nbytes, stored_bytes, extra))
+        return Outcome(parts, QuantizeReport(stored.name, error, stored.nbytes, stored_bytes))
 
     writes = tuple(Write(part.name) for part in codec.part_specs(stored))
-    return Unit(f"{codec.name} {stored.name}", (Read("model", stored.name), *others), writes, apply)
+    return Unit(f"{codec.name} {stored.name}", (Read("model", stored.name),), writes, apply)
 
 
 def stored_spec(spec: TensorSpec, family: Family) -> TensorSpec:

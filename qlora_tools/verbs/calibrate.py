@@ -253,20 +253,10 @@ def _length(checkpoint: LogicalCheckpoint, context: int, progress: Progress) -> 
 
 def _self_written(checkpoint: LogicalCheckpoint, tokenizer: Any, count: int, length: int, seed: int, device: str, progress: Progress) -> TextWindows:
     from qlora_tools.live.base import load_base
-    from qlora_tools.live.self_text import self_windows
+    from qlora_tools.live.self_text import self_windows, start_ids
 
     codec = next((item.codec for item in checkpoint.quantized.values()), None)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     model = load_base(checkpoint, "language", codec, dtype=dtype, device=device, progress=progress).model
-    written = self_windows(model, start_ids=start_ids(tokenizer, seed), windows=count, length=length, seed=seed, progress=progress)
+    written = self_windows(model, start_ids=start_ids(model, tokenizer), windows=count, length=length, seed=seed, progress=progress)
     return split_windows(written, SELF)
-
-
-def start_ids(tokenizer: Any, seed: int, count: int = 256) -> torch.Tensor:
-    """First tokens for text that a model writes itself, i64 [S]: the one that its tokenizer puts before every text, else ``count`` ordinary ones drawn
-    from the vocabulary."""
-    encoded = tokenizer("a")["input_ids"]
-    if tokenizer.bos_token_id is not None and encoded and encoded[0] == tokenizer.bos_token_id:
-        return torch.tensor([tokenizer.bos_token_id])
-    ordinary = torch.tensor(sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)))
-    return ordinary[torch.randperm(len(ordinary), generator=torch.Generator().manual_seed(seed))[:count]]

@@ -92,7 +92,7 @@ def _scores(teacher: Any, student: Any, names: list[str], windows_NL: torch.Tens
             for name in names:
                 if name != BARE:
                     student.set_adapter(name)
-                with student.disable_adapter() if name == BARE and len(names) > 1 else nullcontext():
+                with student.disable_adapter() if name == BARE and names != [BARE] else nullcontext():
                     log_q_NLV = _log_probabilities(student, ids_NL)
                 kl_N = (wanted_NLV.exp() * (wanted_NLV - log_q_NLV)).sum(dim=(1, 2), dtype=torch.float64)
                 nll_N = -log_q_NLV.gather(-1, ids_NL[:, 1:, None]).sum(dim=(1, 2), dtype=torch.float64)

@@ -18,7 +18,6 @@ from qlora_tools.quant.nf4 import NF4
 from qlora_tools.stages.quantize import plan_quantize, quantized_names
 from qlora_tools.verbs.calibrate import is_statistics, statistics_for, windows_for
 from qlora_tools.verbs.opening import folder_name, open_model, resolve_device
-from qlora_tools.verbs.quantize_judge import WholeModel
 from qlora_tools.verbs.quantize_run import Job, KlResult, LayerResult, QuantizeResult
 
 __all__ = ["CONTEXT", "SCHEMES", "TOKENS", "KlResult", "LayerResult", "QuantizeResult", "codec_for", "quantize"]
@@ -111,6 +110,8 @@ def _calibrated(job: Job, calib: str | Path, tokens: int, context: int, seed: in
         if is_statistics(calib):
             job.progress.note("the statistics come without their text: layers are compared one by one, the whole model is not")
         else:
+            from qlora_tools.verbs.quantize_judge import WholeModel  # brings transformers with it
+
             held_out_NL = windows_for(job.source, calib, **made).held_out_NL
             try:
                 job.judge = WholeModel(job.source, held_out_NL, device=job.device, progress=job.progress)

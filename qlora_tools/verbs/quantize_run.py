@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,8 +32,10 @@ from qlora_tools.specs import TensorSpec
 from qlora_tools.stages.mixed_precision import FrontierPoint, Sensitivity, by_benefit, fewest_for, frontier, within_bytes
 from qlora_tools.stages.quantize import QuantizeReport, plan_quantize, quantization_config, quantized_names, stored_spec
 from qlora_tools.verbs.opening import describe_input, plain_config
-from qlora_tools.verbs.quantize_judge import WholeModel
 from qlora_tools.verbs.saving import save_checkpoint
+
+if TYPE_CHECKING:
+    from qlora_tools.verbs.quantize_judge import WholeModel
 
 #: Windows on which the KL of single layers is measured: it ranks them, no more.
 _SOLO_WINDOWS = 4

@@ -10,7 +10,7 @@ import torch
 from qlora_tools.checkpoint.logical import open_checkpoint
 from qlora_tools.checkpoint.statistics import Statistics
 from qlora_tools.errors import IncompatibleError
-from qlora_tools.verbs.calibrate import start_ids, statistics_for
+from qlora_tools.verbs.calibrate import statistics_for
 from tests.flows.conftest import files
 
 SMALL = ("--tokens", "640", "--context", "32")
@@ -101,21 +101,3 @@ def test_statistics_for_opens_a_file_or_makes_one_for_the_moment(llama, tuned, h
         pass
     with statistics_for(open_checkpoint(tuned), here / "s.safetensors", also=[checkpoint]) as opened:
         assert opened.origin.model == "copy"
-
-
-def test_windows_begin_with_what_the_tokenizer_puts_first():
-    class Tokenizer:
-        bos_token_id, all_special_ids = 1, [0, 1]
-
-        def __init__(self, first):
-            self.first = first
-
-        def __call__(self, text):
-            return {"input_ids": [*self.first, 5]}
-
-        def get_vocab(self):
-            return {str(number): number for number in range(300)}
-
-    assert start_ids(Tokenizer([1]), 0).tolist() == [1]
-    drawn = start_ids(Tokenizer([]), 0)
-    assert len(set(drawn.tolist())) == 256 and not {0, 1} & set(drawn.tolist()) and torch.equal(drawn, start_ids(Tokenizer([]), 0))

@@ -32,11 +32,11 @@ from transformers import (
 from qlora_tools.checkpoint.logical import open_checkpoint
 from qlora_tools.checkpoint.reader import tensor_sha256
 from qlora_tools.errors import IncompatibleError, UnsupportedError
+from qlora_tools.live.base import Base, load_base
+from qlora_tools.live.frozen import FrozenConv1D, FrozenConv2d, FrozenLinear
 from qlora_tools.quant.codec import Codec
 from qlora_tools.quant.int8 import Int8
 from qlora_tools.quant.nf4 import NF4
-from qlora_tools.live.base import Base, load_base
-from qlora_tools.live.frozen import FrozenConv1D, FrozenConv2d, FrozenLinear
 from qlora_tools.verbs.quantize import quantize
 from tests.conftest import build_llama, save_model
 

@@ -12,12 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from qlora_tools.live.frozen import FrozenConv1D, FrozenConv2d, FrozenLinear, StoredWeight, can_freeze, freeze_layer
 from qlora_tools.lowrank.factors import LowRank
 from qlora_tools.quant.codec import Codec
 from qlora_tools.quant.int8 import Int8
 from qlora_tools.quant.nf4 import NF4
 from qlora_tools.specs import TensorSpec, dtype_of, spec_of
-from qlora_tools.live.frozen import FrozenConv1D, FrozenConv2d, FrozenLinear, StoredWeight, can_freeze, freeze_layer
 
 CODECS: dict[str, Codec | None] = {"dense": None, "nf4": NF4(), "nf4 single": NF4(128, double_quant=False), "int8": Int8()}
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from qlora_tools.errors import NonFiniteError, UnsupportedError
-from qlora_tools.quant.calibrated import encode_calibrated, nf4_grid, refit_scales
+from qlora_tools.quant.calibrated import encode_calibrated, refit_scales
 from qlora_tools.quant.gptq import output_error
+from qlora_tools.quant.grids import nf4_grid
 from qlora_tools.quant.int8 import Int8
 from qlora_tools.quant.nf4 import NF4
 from qlora_tools.specs import TensorSpec
@@ -76,7 +77,9 @@ def test_the_grid_of_blocks_that_cross_rows_means_what_the_codec_decodes():
     spec = spec_for(w_OI)
     codes = torch.randint(0, 16, w_OI.shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     scales = codec.fit(spec, w_OI)
-    torch.testing.assert_close(nf4_grid(scales, w_OI).values(codes), codec.decode(spec, codec.pack(spec, codes, scales)), rtol=0, atol=0)
+    torch.testing.assert_close(
+        nf4_grid(scales.decoded, scales.state.blocksize, tuple(w_OI.shape)).values(codes), codec.decode(spec, codec.pack(spec, codes, scales)), rtol=0, atol=0
+    )
 
 
 def test_refitting_scales_agrees_with_float64_least_squares_and_never_raises_the_error():
