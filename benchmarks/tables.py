@@ -109,6 +109,95 @@ def graphs() -> Iterator[list[str]]:
         yield ["… KL to fp32", f"{divergence['ours']:.1e}", f"{divergence['theirs']:.1e}", f"{interval(item['kl_share'])} of theirs", bar[2]]
 
 
+def kept() -> str:
+    """What calibration, distillation and merging keep, beside the plain way with the same bytes."""
+    return table(["what", "plain", "qlt", "wanted"], [*distilled(), *weighted(), *merged(), *calibrated_weights(), *calibrated_graphs()])
+
+
+def share(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def distilled() -> Iterator[list[str]]:
+    bars = {"shakespeare-light": {"own": ">= 94 %", "self": ">= 90 %"}, "shakespeare-heavy": {"own": ">= 80 %"}}
+    words = {"own": "in-domain text", "self": "its own text", "foreign": "foreign text"}
+    for pair in bars:
+        if not (found := result(f"refine_{pair}")):
+            continue
+        plain, *rows = found["rows"]
+        for row in rows:
+            what = f"{pair}, r={found['rank']} on NF4, `--refine {found['steps']}` on {words[row['text']]}, {row['seconds']:.0f} s: gain kept"
+            yield [what, f"{share(plain['gain'])} (SVD)", share(row["gain"]), bars[pair].get(row["text"], "")]
+
+
+def weighted() -> Iterator[list[str]]:
+    if found := result("extract_weighted"):
+        rows = found["bases"]["bf16"]
+        low, high = rows["fisher, spread, plain factors"]["kl"]["ci95"]
+        ours = f"{rows['fisher, spread, plain factors']['kl']['value']:.5f} [{low:.5f}, {high:.5f}]"
+        yield [f"extract, r={found['rank']}, equal parameters, `--weight fisher`: KL to tuned", f"{rows['plain']['kl']['value']:.5f} (SVD)", ours, "<= 0.0008"]
+        ours = f"{rows['plain, spread']['kl']['value']:.5f}"
+        yield ["… `--spread`, no text", "", ours, ""]
+
+
+def merged() -> Iterator[list[str]]:
+    if not (found := result("merge")):
+        return
+    rows = found["rows"]
+    peft = f"{share(rows['NF4 base, PEFT merge_and_unload']['gain'])} (PEFT)"
+    unmerged = share(rows["NF4 base, unmerged"]["gain"])
+    asked = {
+        "16-bit base, requant": (f"merge r={found['rank']} into NF4, original weights at hand (unmerged {unmerged}): gain kept", peft, ">= 92 %"),
+        "16-bit base, heal, tuned teaches": (f"… `--heal {found['heal_steps']} --teacher TUNED`", "", ">= 95 %"),
+        "NF4 base, keep-grid, no text": ("… only the NF4 weights at hand, no text", peft, ">= 85 %"),
+        "NF4 base, keep-grid, calib in-domain": ("… the same with `--calib`, in-domain", "", ">= 85 %"),
+        "NF4 base, heal, tuned teaches": (f"… the same, `--heal {found['heal_steps']} --teacher TUNED`", "", ""),
+    }
+    for name, (what, plain, wanted) in asked.items():
+        low, high = rows[name]["gain_ci95"]
+        yield [what, plain, f"{share(rows[name]['gain'])} [{100 * low:.1f}, {100 * high:.1f}]", wanted]
+
+
+def calibrated_weights() -> Iterator[list[str]]:
+    if found := result("nf4_search"):
+        for form in ("positive", "signed"):
+            ours = f"{found['linears']['of_bitsandbytes'][form]:.3f} of theirs"
+            yield [f"NF4 `--search {form}`: squared weight error", "bitsandbytes", ours, f"<= {found['bars'][form]}"]
+    if found := result("quantize_calibrated"):
+        for setting, words in (("nf4-calib-builtin", "`--calib builtin`"), ("nf4-calib-self", "`--calib self`")):
+            for text, rows in found["kl"].items():
+                low, high = rows[setting]["ratio_ci95"]
+                name = text.removesuffix(".txt")
+                plain = f"{rows['nf4']['kl']:.5f} (bitsandbytes)"
+                yield [f"NF4 {words}: KL to 16 bits on {name}", plain, f"{rows[setting]['ratio']:.2f} [{low:.2f}, {high:.2f}] of it", "<= 0.6"]
+    if found := result("gptq_speed"):
+        yield from speed(found)
+
+
+def speed(found: dict[str, Any]) -> Iterator[list[str]]:
+    seconds, peaks = found["seconds"], found["peak_bytes"]
+    what = f"error feedback on NF4, 350 M, CPU, {100 * found['share_of_equal_codes']:.2f} % of the codes equal: time"
+    yield [what, f"{seconds['loop']:.0f} s (plain GPTQ loop)", f"{seconds['ours']:.0f} s, {interval(found['faster'])} x faster", ">= 3"]
+    room = found["block_bytes"] + 1_000_000_000
+    yield ["… peak memory", f"{peaks['loop'] / 1e6:,.0f} MB", f"{peaks['ours'] / 1e6:,.0f} MB", f"<= {room / 1e6:,.0f} MB"]
+    yield ["… all of `--calib`: candidates made and judged", "", f"{seconds['calib']:.0f} s, {peaks['calib'] / 1e6:,.0f} MB", ""]
+
+
+def calibrated_graphs() -> Iterator[list[str]]:
+    if not (found := result("export_calibrated")):
+        return
+    for name, ratio in found["shares"].items():
+        ours, _, theirs = name.partition(" / ")
+        if theirs.startswith("builder") and ours.startswith("int4 "):
+            for text, item in ratio.items():
+                plain = f"{found['graphs'][theirs]['texts'][text]['kl']:.4f} ({theirs.replace('builder int4', 'genai builder')})"
+                what = f"int4 graph, `--calib {ours.removeprefix('int4 ')}`: KL to fp32 on {text.removesuffix('.txt')}"
+                yield [what, plain, f"{interval(item)} of it", f"<= {found['bars']['int4_kl_share']}"]
+    for text, item in found["graphs"]["int8"]["texts"].items():
+        what = f"int8 graph, plain: KL to fp32, top-1 agreement, {text.removesuffix('.txt')}"
+        yield [what, "", f"{item['kl']:.1e}, {share(item['top1'])}", "<= 1e-3, >= 98.5 %"]
+
+
 def memory() -> str:
     """Peak memory by verb and depth."""
     found = result("memory")
@@ -138,6 +227,8 @@ def training_memory() -> str:
 def commands() -> str:
     """Where the rows come from."""
     names = ("extract_vs_mergekit", "quantize_speed", "train_vs_peft", "train_quality", "train_memory", "export_vs_genai", "memory")
+    names += ("refine_shakespeare-light", "refine_shakespeare-heavy", "extract_weighted", "merge", "nf4_search", "quantize_calibrated", "gptq_speed")
+    names += ("export_calibrated",)
     found = [item["command"] for name in names if (item := result(name))]
     machine = next(item["machine"] for name in names if (item := result(name)))
     return "Made by " + ", ".join(f"`{command}`" for command in found) + f" on {machine['cores']} cores of an {machine['cpu']}."
@@ -155,7 +246,7 @@ def chain() -> str:
     return path.read_text(encoding="utf-8").split("\n\n")[0] if path.exists() else "not measured"
 
 
-BLOCKS = {"chain": chain, "peers": peers, "memory": memory, "training-memory": training_memory, "commands": commands}
+BLOCKS = {"chain": chain, "peers": peers, "kept": kept, "memory": memory, "training-memory": training_memory, "commands": commands}
 
 
 def generated(text: str) -> str:

@@ -225,12 +225,12 @@ def descend(
 
 
 def output_error(difference_OI: torch.Tensor, moments_II: torch.Tensor) -> float:
-    """tr(D R D') in fp64: the summed squared error of the outputs per token, where D = ``difference_OI`` [O, I] is what a weight lost."""
-    moments_II = moments_II.double()
+    """tr(D R D'): the summed squared error of the outputs per token, where D = ``difference_OI`` [O, I] is what a weight lost. Products in fp32, sum in fp64."""
+    moments_II = moments_II.float()
     total = 0.0
     for start in range(0, len(difference_OI), _TILE_ROWS):
-        tile_TI = difference_OI[start : start + _TILE_ROWS].double()
-        total += float(((tile_TI @ moments_II) * tile_TI).sum())
+        tile_TI = difference_OI[start : start + _TILE_ROWS].float()
+        total += float(((tile_TI @ moments_II) * tile_TI).sum(dtype=torch.float64))
     return total
 
 

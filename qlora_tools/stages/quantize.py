@@ -54,10 +54,12 @@ def quantized_names(source: Source, family: Family, codec: Codec | None, keep: C
     return [name for name, spec in source.specs.items() if name not in keep and fits(name, spec)]
 
 
-def plan_quantize(source: Source, family: Family, codec: Codec | None, *, statistics: Statistics | None = None, keep: Collection[str] = ()) -> Plan:
+def plan_quantize(
+    source: Source, family: Family, codec: Codec | None, *, statistics: Statistics | None = None, keep: Collection[str] = (), decoded: bool = False
+) -> Plan:
     """Store the linears of ``source`` with ``codec`` and copy the rest, with them what ``keep`` names. ``codec=None`` writes everything dense.
 
-    ``statistics`` is the source ``statistics`` of the run. Units of quantized weights report a :class:`QuantizeReport`, the others nothing.
+    ``decoded``: store what the codes mean, in the dtype of the source, instead of the codes; not with statistics. ``statistics`` is the source ``statistics`` of the run. Units of quantized weights report a :class:`QuantizeReport`, the others nothing.
     """
     chosen = set(quantized_names(source, family, codec, keep))
     outputs: list[TensorSpec] = []
@@ -65,8 +67,8 @@ def plan_quantize(source: Source, family: Family, codec: Codec | None, *, statis
     for name, spec in source.specs.items():
         if name in chosen:
             assert codec is not None
-            outputs.extend(codec.part_specs(stored_spec(spec, family)))
-            units.append(_unit(codec, spec, family, statistics))
+            outputs.extend([spec] if decoded else codec.part_specs(stored_spec(spec, family)))
+            units.append(encode_unit(codec, spec, family, decoded=True) if decoded else _unit(codec, spec, family, statistics))
         else:
             outputs.append(spec)
             units.extend(copy_units("model", spec))
@@ -98,19 +100,23 @@ def calibrated_unit(codec: Codec, spec: TensorSpec, family: Family, moments: str
     return Unit(f"{codec.name} {stored.name}", tuple(reads), writes, apply)
 
 
-def encode_unit(codec: Codec, spec: TensorSpec, family: Family) -> Unit:
-    """One weight of the source ``model`` through ``codec``; an [in, out] weight is turned to the [out, in] of the parts."""
+def encode_unit(codec: Codec, spec: TensorSpec, family: Family, *, decoded: bool = False) -> Unit:
+    """One weight of the source ``model`` through ``codec``; an [in, out] weight is turned to the [out, in] of the parts.
+
+    ``decoded``: and back, as a dense tensor like the source's.
+    """
     turn = family.stores_inputs_first(spec.name, spec.shape)
     stored = stored_spec(spec, family)
 
     def apply(dense: torch.Tensor) -> Outcome:
         dense = dense.T.contiguous() if turn else dense
         parts = codec.encode(stored, dense)
-        error = relative_error(codec.decode(stored, parts), dense)
-        stored_bytes = sum(part.nbytes for part in parts.values())
-        return Outcome(parts, QuantizeReport(stored.name, error, stored.nbytes, stored_bytes))
+        back = codec.decode(stored, parts)
+        tensors = {spec.name: back.T.contiguous() if turn else back} if decoded else parts
+        stored_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        return Outcome(tensors, QuantizeReport(stored.name, relative_error(back, dense), stored.nbytes, stored_bytes))
 
-    writes = tuple(Write(part.name) for part in codec.part_specs(stored))
+    writes = (Write(spec.name),) if decoded else tuple(Write(part.name) for part in codec.part_specs(stored))
     return Unit(f"{codec.name} {stored.name}", (Read("model", stored.name),), writes, apply)
 
 

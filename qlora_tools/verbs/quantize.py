@@ -15,6 +15,7 @@ from qlora_tools.progress import SILENT, Progress
 from qlora_tools.quant.codec import Codec
 from qlora_tools.quant.int8 import Int8
 from qlora_tools.quant.nf4 import NF4
+from qlora_tools.quant.search import POSITIVE
 from qlora_tools.stages.quantize import plan_quantize, quantized_names
 from qlora_tools.verbs.calibrate import is_statistics, statistics_for, windows_for
 from qlora_tools.verbs.opening import folder_name, open_model, resolve_device
@@ -48,6 +49,7 @@ def quantize(
     block_size: int = 64,
     double_quant: bool = True,
     search: str | None = None,
+    as_16bit: bool = False,
     calib: str | Path | None = None,
     tokens: int = TOKENS,
     context: int = CONTEXT,
@@ -62,7 +64,8 @@ def quantize(
 ) -> QuantizeResult:
     """Quantize every linear of ``model`` except head and embeddings; see :func:`codec_for` for ``scheme``.
 
-    ``search``: NF4's scales by least squared error, ``positive`` or ``signed``. ``calib``: a text file, a file of statistics, ``self`` or ``builtin``;
+    ``search``: NF4's scales by least squared error, ``positive`` or ``signed``. ``as_16bit``: write what the codes mean in the model's own dtype; with
+    ``positive`` scales stock bitsandbytes finds the same codes in it. ``calib``: a text file, a file of statistics, ``self`` or ``builtin``;
     ``tokens`` of it in windows of ``context`` are read. ``max_bytes`` (of all tensors) and ``max_kl`` (nats per token): mixed precision, the layers
     that gain most per byte stay in 16 bits; both need a text.
 
@@ -72,26 +75,39 @@ def quantize(
     """
     codec = codec_for(scheme, block_size=block_size, double_quant=double_quant, search=search)
     mixed = max_bytes is not None or max_kl is not None
+    if as_16bit and (search != POSITIVE or calib is not None):
+        raise UsageError(
+            "--as-16bit is for weights whose codes are found again, those of --search positive without --calib",
+            hint="leave it out to store the codes themselves",
+        )
     if mixed and (calib is None or is_statistics(calib)):
         raise UsageError("--max-bytes and --max-kl measure on text", hint="give --calib a text file, `self` or `builtin`")
     source = open_model(model, progress)
     if source.quantized:
         held = sorted({item.codec.name for item in source.quantized.values()})
         raise IncompatibleError(f"{model} is quantized already ({', '.join(held)})", hint="quantize the 16-bit model that it came from")
-    dest = output or Path("checkpoints") / slug(f"{folder_name(source.folder)}-{scheme}")
+    dest = output or Path("checkpoints") / slug(f"{folder_name(source.folder)}-{scheme}{'-16bit' if as_16bit else ''}")
     check_output(dest, force=force, inputs=[source.folder])
     if not quantized_names(source, source.family, codec):
         raise IncompatibleError(f"{model} holds no linear layer to quantize", hint="run `qlt inspect` on it")
-    settings = {"verb": "quantize", "scheme": scheme, "search": search, "calib": _calib_name(calib), "max_bytes": max_bytes, "max_kl": max_kl}
+    settings = {
+        "verb": "quantize",
+        "scheme": scheme,
+        "search": search,
+        "as_16bit": as_16bit or None,
+        "calib": _calib_name(calib),
+        "max_bytes": max_bytes,
+        "max_kl": max_kl,
+    }
     settings |= {"block_size": block_size if scheme == "nf4" else None, "double_quant": double_quant if scheme == "nf4" else None}
-    job = Job(source, codec, dest, force, resolve_device(device), settings, progress)
+    job = Job(source, codec, dest, force, resolve_device(device), settings, progress, as_16bit=as_16bit)
     if dry_run:
         if calib is not None and is_statistics(calib):
             with Statistics(Path(calib)) as statistics:
                 statistics.check(source)
-        return job.result(plan_quantize(source, source.family, codec), dry_run=True)
+        return job.result(plan_quantize(source, source.family, codec, decoded=as_16bit), dry_run=True)
     if calib is None:
-        return job.write(plan_quantize(source, source.family, codec))
+        return job.write(plan_quantize(source, source.family, codec, decoded=as_16bit))
     with _calibrated(job, calib, tokens, context, seed):
         return job.write_mixed(max_bytes, max_kl) if mixed else job.write_calibrated()
 

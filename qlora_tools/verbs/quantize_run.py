@@ -106,6 +106,7 @@ class Job:
     kl: KlResult | None = None
     kept: tuple[str, ...] = ()
     frontier: tuple[FrontierPoint, ...] = ()
+    as_16bit: bool = False  # what the codes mean is written, not the codes
     stored: LogicalCheckpoint | None = None  # everything quantized, where the output is a mixture of it and the model
     sha256: Mapping[str, str] = field(default_factory=dict)  # of what was quantized
     began: float = field(default_factory=time.perf_counter)
@@ -123,7 +124,7 @@ class Job:
         def manifest(reports: list[Any]) -> Manifest:
             found.extend(report for report in reports if isinstance(report, QuantizeReport))
             self.layers = self.layers or _layers(found)
-            self.sha256 = self.sha256 or dict(sorted(hashed.sha256.items()))
+            self.sha256 = self.sha256 or ({} if self.as_16bit else dict(sorted(hashed.sha256.items())))
             return self._manifest(found)
 
         self._save(plan, hashed, manifest, checked)
@@ -244,7 +245,7 @@ class Job:
             plan,
             sources,
             self.dest,
-            config={**plain_config(self.source.config), "quantization_config": quantization_config(self.codec, self.source, self.source.family, self.kept)},
+            config=self._config(),
             side_files=self.source.folder,
             manifest=manifest,
             force=self.force,
@@ -254,6 +255,13 @@ class Job:
             progress=self.progress,
             checked=checked,
         )
+
+    def _config(self) -> dict[str, Any]:
+        """The config.json of what is written."""
+        config = plain_config(self.source.config)
+        if not self.as_16bit:
+            config["quantization_config"] = quantization_config(self.codec, self.source, self.source.family, self.kept)
+        return config
 
     def _manifest(self, reports: Collection[QuantizeReport]) -> Manifest:
         inputs = {"model": describe_input(self.source)}

@@ -161,3 +161,23 @@ def test_remote_code_is_ignored_with_a_note(qlt, here, llama, tmp_path):
     (model / "evil.py").write_text("raise SystemExit")
     done = qlt("quantize", model, "-o", "out")
     assert done.code == 0 and "auto_map" in done.err and "auto_map" not in (here / "out/config.json").read_text() and files(here / "out") == FOLDER
+
+
+def test_searched_weights_in_16_bits_quantize_to_the_same_codes_again(qlt, here, aligned):
+    """Stock ``load_in_4bit`` of the folder is as good as the quantized folder itself."""
+    codes = qlt("quantize", aligned, "--nf4", "--search", "positive", "-o", "codes")
+    dense = qlt("quantize", aligned, "--nf4", "--search", "positive", "--as-16bit", "-o", "dense")
+    again = qlt("quantize", "dense", "--nf4", "-o", "again")
+    assert (codes.code, dense.code, again.code) == (0, 0, 0), dense.err + again.err
+    wanted, found, plain = (open_checkpoint(here / name) for name in ("codes", "again", "dense"))
+    assert not plain.quantized and "quantization_config" not in plain.config
+    assert found.quantized.keys() == wanted.quantized.keys() and wanted.quantized
+    for name in wanted.quantized:
+        assert torch.equal(found.stored.read(name), wanted.stored.read(name)), name
+
+
+def test_16_bits_are_for_positive_scales_alone(qlt, here, aligned):
+    for words in (["--search", "signed"], [], ["--search", "positive", "--calib", "builtin"]):
+        done = qlt("quantize", aligned, "--nf4", "--as-16bit", *words)
+        assert done.code == 2 and "--search positive" in done.err
+    assert files(here) == set()

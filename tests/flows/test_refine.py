@@ -177,3 +177,9 @@ def test_what_does_not_belong_together_is_refused(base, adapter, tmp_path):
         api.refine(adapter=adapter, base=base)
     with pytest.raises(UsageError, match="which run"):
         api.refine(resume=True)
+
+
+def test_after_an_extraction_it_needs_no_words(qlt, here, base, teacher):
+    assert qlt("extract", "--base", base, "--tuned", teacher, "--rank", 2, "-o", "adapters/a").code == 0
+    done = qlt("refine", "--dry-run")
+    assert done.code == 0 and "adapters/a" in done.err and "teacher" in done.err, done.err

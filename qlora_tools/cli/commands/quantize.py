@@ -18,7 +18,7 @@ EPILOG = examples(
     "qlt quantize base/ --nf4",
     "qlt quantize base/ --nf4 --calib text.txt",
     "qlt quantize org/name --int8 --calib self -o small/",
-    "qlt quantize base/ --nf4 --search positive --block-size 32 --dry-run",
+    "qlt quantize base/ --nf4 --search positive --as-16bit",
     "qlt quantize base/ --nf4 --calib builtin --max-kl 0.002",
 )
 _FRONTIER_LINES = 12
@@ -41,6 +41,7 @@ _mixed = headed("Mixed precision")
     flag_value="signed",
     help="Search NF4's scales, without data. signed (where no form is named): least error. positive: survives a copy in 16 bits that is quantized anew.",
 )
+@_quality("--as-16bit", is_flag=True, help="With --search positive: write the weights in 16 bits, for stock load_in_4bit to find the same codes in.")
 @_quality(
     "--calib",
     metavar="TEXT|STATS|self|builtin",
@@ -59,6 +60,7 @@ def command(
     block_size: str,
     double_quant: bool,
     search: str | None,
+    as_16bit: bool,
     calib: str | None,
     tokens: int,
     context: int,
@@ -75,6 +77,7 @@ def command(
         block_size=int(block_size),
         double_quant=double_quant,
         search=search,
+        as_16bit=as_16bit,
         calib=calib,
         tokens=tokens,
         context=context,

@@ -9,12 +9,14 @@ import click
 
 from qlora_tools.cli.options import HeadedCommand, Shared, examples, headed, shared
 from qlora_tools.cli.words import duration, megabytes
+from qlora_tools.errors import UsageError
 from qlora_tools.training.distill_config import RefineConfig
 
 if TYPE_CHECKING:
     from qlora_tools.verbs.refine import RefineReport
 
 EPILOG = examples(
+    "qlt refine                           # base, tuned model and adapter of the step before",
     "qlt refine adapters/tuned-r16 --base base/ --teacher tuned/ --nf4",
     "qlt refine adapters/tuned-r16 --base base/ --teacher tuned/ --int8 --text domain.txt --steps 200",
     "qlt refine --resume -o adapters/tuned-r16-refined-nf4",
@@ -57,6 +59,8 @@ def command(common: Shared, adapter: str | None, base: str | None, teacher: str 
     from qlora_tools import api
 
     config = None if resume else RefineConfig(**choices)
+    if not resume:
+        base, adapter, teacher = _picked(common, base, adapter, teacher)
     result = api.refine(adapter=adapter, base=base, teacher=teacher, config=config, resume=resume, **common.arguments)
     screen = common.screen
     if result.report is None:
@@ -66,6 +70,17 @@ def command(common: Shared, adapter: str | None, base: str | None, teacher: str 
         common.session.remember(base=base, tuned=teacher, adapters=[[folder, 1.0]], exports=None)
         screen.card("kept as it was" if result.report.kept_start else "refined", _closing(result.report, folder))
     screen.result(result, common.written(result.output, result.seconds))
+
+
+def _picked(common: Shared, base: str | None, adapter: str | None, teacher: str | None) -> tuple[str, str, str]:
+    """What is given, or the pair and the adapter of the step before."""
+    base, adapters = common.base_and_adapters(base, [(adapter, 1.0)] if adapter else [])
+    if len(adapters) > 1 or adapters[0][1] != 1.0:
+        raise UsageError("the last step left several adapters, or a weighted one", hint="name the one to refine")
+    if teacher is None:
+        teacher = str(common.session.pick("tuned", "--teacher"))
+        common.screen.remark(f"using teacher {teacher}")
+    return base, adapters[0][0], teacher
 
 
 def _closing(report: RefineReport, folder: str) -> list[tuple[str, str]]:
