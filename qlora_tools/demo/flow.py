@@ -1,7 +1,8 @@
 """``qlt demo``: the whole chain on one pair of models, ending in one table and one page.
 
-extract -> quantize -> merge (dense, NF4, and NF4 onto the grid, to see it fail) -> export fp32, int8, int4 -> bench. Beside the extracted adapter
-one is trained: a LoRA over the NF4 base, on the fine-tune's own text for as many steps.
+extract -> quantize -> merge (dense, NF4, and into the NF4 weights alone: rounded to the nearest point, to see it fail, and with their grid kept in view)
+-> export fp32, int8, int4 -> bench. On the pair that the demo trains itself there is text, and three more rows: a LoRA trained over the NF4 base
+for as many steps as the fine-tune, the extracted adapter refined, and an int4 graph of that one with codes chosen by calibration.
 Everything is judged against the tuned model itself, so that the table shows what each step keeps of the fine-tune.
 """
 
@@ -20,11 +21,13 @@ from qlora_tools.errors import UsageError
 from qlora_tools.progress import SILENT, Progress
 from qlora_tools.stages.extract import ExtractConfig
 from qlora_tools.training.config import TrainConfig
+from qlora_tools.training.distill_config import RefineConfig
 from qlora_tools.verbs.bench import BenchResult, bench, layers_of
 from qlora_tools.verbs.export import ExportResult, export
 from qlora_tools.verbs.extract import ExtractResult, extract
 from qlora_tools.verbs.merge import MergeConfig, MergeResult, merge
 from qlora_tools.verbs.quantize import QuantizeResult, quantize
+from qlora_tools.verbs.refine import RefineResult, refine
 from qlora_tools.verbs.train import TrainResult, train
 
 EXPORTS = ("fp32", "int8", "int4")
@@ -32,6 +35,7 @@ EXPORTS = ("fp32", "int8", "int4")
 QUICK = Workload(prompt_tokens=128, new_tokens=33, repeats=2, most_warmup=3)
 
 _TRAINED, _TRAINED_RANK, _TRAINED_LR = "trained-lora", 8, 2e-3
+_REFINED, _REFINED_ADAPTER = "refined-nf4", "adapter-refined"
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,9 @@ class DemoResult:
     merged: MergeResult
     requantized: MergeResult
     on_grid: MergeResult
+    kept_grid: MergeResult
     trained: TrainResult | None
+    refined: RefineResult | None
     exported: tuple[ExportResult, ...]
     benched: BenchResult
     seconds: float
@@ -95,12 +101,17 @@ def demo(
     on_grid = step(
         "merge onto the NF4 grid", merge(base=base_nf4, adapters=pairs, scheme="nf4", config=erasing, output=folder / "merged-on-grid-nf4", **common)
     )
+    kept_grid = step("merge, the grid kept", merge(base=base_nf4, adapters=pairs, scheme="nf4", output=folder / "merged-kept-grid-nf4", **common))
     trained = step("train a LoRA", _train(pair, folder, common)) if pair is not None else None
+    refined = step("refine", _refine(pair, adapter, folder, common)) if pair is not None else None
     exported = tuple(
         step(f"export {scheme}", export(base=base, adapters=pairs, scheme=scheme, output=folder / f"onnx-{scheme}", **common)) for scheme in EXPORTS
     )
-    checkpoints = [base, tuned, folder / "merged", folder / "merged-nf4", folder / "merged-on-grid-nf4"]
-    checkpoints += [folder / _TRAINED] if trained is not None else []
+    checkpoints = [base, tuned, *(folder / name for name in ("merged", "merged-nf4", "merged-on-grid-nf4", "merged-kept-grid-nf4"))]
+    if pair is not None:
+        checkpoints += [folder / _TRAINED, folder / _REFINED]
+        calibrated: dict[str, Any] = {"scheme": "int4", "calib": pair.prose, "output": folder / f"onnx-int4-{_REFINED}"}
+        exported += (step("export int4, calibrated", export(base=base, adapters=[(folder / _REFINED_ADAPTER, 1.0)], **calibrated, **common)),)
     benched = bench(
         models=[*checkpoints, *(result.output for result in exported)],
         reference=tuned,
@@ -117,7 +128,9 @@ def demo(
         **common,
     )
     after("bench", benched)
-    return DemoResult(folder, pair, extracted, quantized, merged, requantized, on_grid, trained, exported, benched, time.perf_counter() - began)
+    return DemoResult(
+        folder, pair, extracted, quantized, merged, requantized, on_grid, kept_grid, trained, refined, exported, benched, time.perf_counter() - began
+    )
 
 
 def _train(pair: Pair, folder: Path, common: dict[str, Any]) -> TrainResult:
@@ -130,3 +143,11 @@ def _train(pair: Pair, folder: Path, common: dict[str, Any]) -> TrainResult:
     trained = train(base=pair.base, data=pair.prose, config=config, output=adapter, **common)
     merge(base=pair.base, adapters=[(adapter, 1.0)], config=MergeConfig(target="trained"), output=folder / _TRAINED, **common)
     return trained
+
+
+def _refine(pair: Pair, adapter: Path, folder: Path, common: dict[str, Any]) -> RefineResult:
+    """The extracted adapter distilled over the NF4 base on the fine-tune's text, and merged into fresh NF4."""
+    config = RefineConfig(text=str(pair.prose), length=pair.finetune.context)
+    refined = refine(adapter=adapter, base=pair.base, teacher=pair.tuned, config=config, output=folder / _REFINED_ADAPTER, **common)
+    merge(base=pair.base, adapters=[(folder / _REFINED_ADAPTER, 1.0)], scheme="nf4", output=folder / _REFINED, **common)
+    return refined

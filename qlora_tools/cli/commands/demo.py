@@ -67,6 +67,9 @@ def _told(step: str, done: Any) -> str:
     if step == "train a LoRA":
         report = done.report
         return f"rank 8 over NF4: {report.steps} steps, loss {report.first_loss:.2f} -> {report.final_loss:.2f}, {report.tokens_per_s:,.0f} tokens/s"
+    if step == "refine":
+        report = done.report
+        return f"{report.steps} steps on {report.tokens:,} tokens, KL to the tuned model {report.start_kl:.4f} -> {report.end_kl:.4f}"
     if step.startswith("merge"):
         return f"{percent(done.retention.retention)} of the adapter survives" if done.retention else "nothing changed"
     if step.startswith("export"):
