@@ -218,7 +218,12 @@ def training_memory() -> str:
     if not found:
         return "not measured"
     rows = [
-        [f"{row['shape']} `{row['options']}`{'' if row.get('fitted', True) else ', unseen'}", f"{row['estimate_bytes'] / 1e6:,.0f} MB", f"{row['peak_bytes'] / 1e6:,.0f} MB", f"{100 * row['error']:+.1f} %"]
+        [
+            f"{row['shape']} `{row['options']}`{'' if row.get('fitted', True) else ', unseen'}",
+            f"{row['estimate_bytes'] / 1e6:,.0f} MB",
+            f"{row['peak_bytes'] / 1e6:,.0f} MB",
+            f"{100 * row['error']:+.1f} %",
+        ]
         for row in found["rows"]
     ]
     return table(["`qlt train`, rank 16, all linears, CPU", "estimated", "peak RSS", "error"], rows)

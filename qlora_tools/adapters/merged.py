@@ -121,10 +121,15 @@ class MergedSource:
         found = self._fingerprint(name)
         for adapter, expected in wanted.items():
             if found is not None and found != expected:
-                raise IncompatibleError(
-                    f"adapter {adapter} was made for another base: `{name}` has sha256 {found[:12]}, expected {expected[:12]}",
-                    hint="give the base it was extracted from or trained on",
-                )
+                raise wrong_base(adapter, name, found, expected)
+
+
+def wrong_base(adapter: str, name: str, found: str, expected: str) -> IncompatibleError:
+    """The error for a base whose tensor ``name`` has another sha256 than the adapter was made for."""
+    return IncompatibleError(
+        f"adapter {adapter} was made for another base: `{name}` has sha256 {found[:12]}, expected {expected[:12]}",
+        hint="give the base it was extracted from or trained on",
+    )
 
 
 def _changes_alike(adapter: Adapter, tied: str, owner: str) -> bool:

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from qlora_tools.calibrate.moments import Moments
-from qlora_tools.calibrate.parking import Parking
 from qlora_tools.calibrate.walk import Batch, Walk
-from qlora_tools.calibrate.weights import Weights
 from qlora_tools.checkpoint.logical import LogicalCheckpoint
 from qlora_tools.checkpoint.statistics import HELD_OUT, INPUT, MEAN, Origin, Statistics, StatisticsWriter
 from qlora_tools.errors import QltError, UnsupportedError
+from qlora_tools.live.parking import Parking
 from qlora_tools.live.text import TextWindows
+from qlora_tools.live.weights import Weights
 from qlora_tools.progress import SILENT, Progress
 
 #: Tokens that go through a block at once.

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from qlora_tools.calibrate.parking import map_tensors, tensors_in
-from qlora_tools.calibrate.relay import Call
 from qlora_tools.errors import NonFiniteError, UnsupportedError
+from qlora_tools.live.parking import map_tensors, tensors_in
+from qlora_tools.live.relay import Call
 
 _DRAWN_ROWS = 256
 

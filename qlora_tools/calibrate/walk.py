@@ -16,12 +16,12 @@ from torch import nn
 
 from qlora_tools.calibrate.gradients import Tape, backward_through, draw_and_go_back
 from qlora_tools.calibrate.moments import Moments
-from qlora_tools.calibrate.parking import Parking, map_tensors
 from qlora_tools.calibrate.recorder import InputRecorder, OutputRecorder
-from qlora_tools.calibrate.relay import Call, Passage, end, intercept, release
-from qlora_tools.calibrate.weights import Weights, stops_of
 from qlora_tools.checkpoint.statistics import HELD_OUT, INPUT, OUTPUT
 from qlora_tools.errors import UnsupportedError
+from qlora_tools.live.parking import Parking, map_tensors
+from qlora_tools.live.relay import Call, Passage, end, intercept, release
+from qlora_tools.live.weights import Weights, stops_of
 from qlora_tools.progress import SILENT, Progress, Task
 
 Hand = Callable[[str, str, Moments], None]

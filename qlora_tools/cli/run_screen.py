@@ -36,9 +36,8 @@ _SHOWN_MODULES = 8
 class RunScreen:
     """Draws one run on standard error. ``planned`` is told the plan and the output folder before the first step."""
 
-    def __init__(self, screen: Screen, config: TrainConfig, planned: Callable[[Any, Any], None] = lambda plan, output: None) -> None:
+    def __init__(self, screen: Screen, planned: Callable[[Any, Any], None] = lambda plan, output: None) -> None:
         self._screen = screen
-        self._config = config
         self._planned = planned
         self._live: Any = None
         self._bar: Any = None
@@ -83,7 +82,7 @@ class RunScreen:
 
     def _on_plan(self, event: Any) -> None:
         self._planned(event.plan, event.output)
-        draw_plan(self._screen, event.plan, self._config, err=True)
+        draw_plan(self._screen, event.plan, event.plan.config, err=True)
 
     def _on_start(self, event: Started) -> None:
         self._resumed_at = event.resumed_at

@@ -21,7 +21,12 @@ TASKS = ("auto", "language", "classification", "image")
 SCHEDULES = ("cosine", "linear", "constant")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged-adamw8bit", "paged-adamw")
 MASKS = ("auto", "completion", "all")
-INITS = ("default", "gaussian", "pissa", "olora", "loftq")
+#: Starting points that have a name; ``STORED`` is another one, of factors that lie in an adapter's folder.
+STARTS = ("default", "gaussian", "pissa", "olora", "loftq", "qera")
+STORED = "adapter"
+INITS = (*STARTS, STORED)
+#: Starting points that hold what quantization lost: they belong to the quantized base alone.
+CORRECTING = ("loftq", "qera")
 CHECKPOINTING = ("auto", "on", "off")
 
 
@@ -122,14 +127,16 @@ class TrainConfig:
             raise UsageError(f"start_rank {self.start_rank} is above rank {self.rank}", hint="ranks only grow")
         if self.start_rank is not None and (self.dora or self.init != "default"):
             raise UsageError("progressive ranks need plain LoRA with the default initialisation", hint="leave out --dora and --init, or --start-rank")
-        if self.dora and self.init in ("pissa", "olora", "loftq"):
+        if self.dora and self.init in ("pissa", "olora", *CORRECTING):
             raise UsageError(f"--dora with --init {self.init} has no defined starting point", hint="leave one of them out")
         if self.merge_aware and self.base_format == "bf16":
             raise UsageError("--merge-aware trains through a quantizer, but the base is bf16", hint="name what will be merged into with --nf4 or --int8")
         if self.merge_aware and (self.dora or self.dropout or self.init not in ("default", "gaussian")):
             raise UsageError("--merge-aware needs plain LoRA without dropout, from --init default", hint="leave out --dora, --dropout and --init")
-        if self.init == "loftq" and self.base_format == "bf16":
-            raise UsageError("--init loftq splits weights into a quantized part and a low-rank rest, but the base is bf16", hint="add --nf4 or --int8")
+        if self.init == STORED and self.rank_budget is not None:
+            raise UsageError("--rank-budget gives ranks, but the adapter of --init has its own", hint="leave one of them out")
+        if self.init in CORRECTING and self.base_format == "bf16":
+            raise UsageError(f"--init {self.init} splits weights into a quantized part and a low-rank rest, but the base is bf16", hint="add --nf4 or --int8")
 
     @property
     def lora_alpha(self) -> float:

@@ -9,7 +9,7 @@ Axes: O outputs, I inputs, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,20 +41,30 @@ class Learner:
         return value.to(self.parts[name].spec.torch_dtype).to(value.dtype)
 
 
-def put_adapter(base: Base, adapter: Adapter, dtype: torch.dtype) -> Learner:
+def put_adapter(
+    base: Base,
+    adapter: Adapter,
+    dtype: torch.dtype,
+    *,
+    config: TrainConfig | None = None,
+    task_type: str | None = "CAUSAL_LM",
+    heads: Iterable[str] = (),
+) -> Learner:
     """Put ``adapter``, bound to ``base.checkpoint``, on ``base.model``, in place. ``dtype``: of the factors in memory.
+
+    ``config``: of the run, with ``init="adapter"`` and the adapter's own form; ``task_type`` and ``heads`` as :func:`inject` has them.
 
     Raises:
         UnsupportedError: nothing in it can learn. IncompatibleError: it was made for another base.
     """
-    paths = _paths(adapter, base.model)
+    paths = learning_layers(adapter, base.model)
     if not paths:
         raise UnsupportedError(f"adapter {adapter.name} holds no factors of linears or convolutions", hint="only those can be refined")
     biases = {path: bias for name, path in paths.items() if (bias := adapter.biases.get(f"{split_tensor(name)[0]}.bias")) is not None}
     _place_the_rest(base, adapter, paths, biases)
     ranks = ranks_in(adapter, base.model)
-    config = TrainConfig(rank=max(ranks.values()), dora=any(adapter.deltas[name].magnitude is not None for name in paths))
-    model = inject(base.model, ranks, config, "CAUSAL_LM", dtype=dtype)
+    config = config or TrainConfig(rank=max(ranks.values()), dora=any(adapter.deltas[name].magnitude is not None for name in paths))
+    model = inject(base.model, ranks, config, task_type, heads=heads, dtype=dtype)
     parts: dict[str, Part] = {}
     layers = lora_layers(model)
     for name, path in paths.items():
@@ -64,10 +74,10 @@ def put_adapter(base: Base, adapter: Adapter, dtype: torch.dtype) -> Learner:
 
 def ranks_in(adapter: Adapter, model: nn.Module) -> dict[str, int]:
     """Layer of ``model`` -> rank, for every delta of ``adapter`` that can learn there."""
-    return {path: adapter.deltas[name].rank for name, path in _paths(adapter, model).items()}
+    return {path: adapter.deltas[name].rank for name, path in learning_layers(adapter, model).items()}
 
 
-def _paths(adapter: Adapter, model: nn.Module) -> dict[str, str]:
+def learning_layers(adapter: Adapter, model: nn.Module) -> dict[str, str]:
     """Tensor of the base -> path of the layer, for every delta that can learn. Names and paths may differ by leading parts."""
     layers = adaptable(model)
     found = {}

@@ -20,11 +20,14 @@ _EVALUATIONS = 4  # each costs about half a step
 class RefineConfig:
     """How an adapter is refined. ``text`` is a file, ``self`` or ``builtin``; lengths in tokens; ``windows``: of self-written text.
 
+    ``by_block``: for models of which only a block at a time fits in memory; ``steps`` are then of each block, and no whole model writes text.
+
     Raises:
         UsageError: a value out of range.
     """
 
     base_format: str = "nf4"
+    by_block: bool = False
     block_size: int | None = None  # None: the format's own
     double_quant: bool = True
     text: str = "self"
@@ -55,6 +58,10 @@ class RefineConfig:
         for name in ("lr", "temperature", "text_temperature"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 raise UsageError(f"{name} {getattr(self, name)} is not a positive number")
+        if self.by_block and self.text == "self":
+            raise UsageError("block by block there is never a whole teacher to write text", hint="give --text FILE, or --text builtin")
+        if self.by_block and (self.temperature != 1.0 or self.eval_every is not None):
+            raise UsageError("block by block no predictions are compared on the way", hint="leave out --temperature and --eval-every")
         self.train_config()
 
     def train_config(self) -> TrainConfig:

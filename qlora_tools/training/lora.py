@@ -43,7 +43,7 @@ from qlora_tools.lowrank.svd import seed_of
 from qlora_tools.models.family import Family, matching, nothing_matches
 from qlora_tools.names import natural_key, shortened
 from qlora_tools.specs import spec_of
-from qlora_tools.training.config import TrainConfig
+from qlora_tools.training.config import CORRECTING, STORED, TrainConfig
 
 ADAPTER = "default"
 PREFIX = "base_model.model."
@@ -141,21 +141,22 @@ def inject(
     *,
     heads: Iterable[str] = (),
     originals: Callable[[str], torch.Tensor] | None = None,
+    moments: Callable[[str], torch.Tensor | None] | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> PeftModel:
     """Put LoRA layers with their first values on ``model``, in place. Nothing else of it becomes trainable.
 
     ``ranks``: module path -> final rank; with ``config.start_rank`` the layers begin at that rank, at the scale of the final one
     (``training/ranks.py`` lets them grow). ``task_type``: PEFT's (``CAUSAL_LM``, ``SEQ_CLS``, or none). ``heads``: modules that are trained
-    whole. ``originals``: for LoftQ, module path -> weight before quantization, as the module's class orients it. ``dtype``:
-    of the factors. torch's random state is as before.
+    whole. ``originals``: for LoftQ and QERA, module path -> weight before quantization, as the module's class orients it; ``moments``: for QERA,
+    module path -> second moments of its input, where they are known. ``dtype``: of the factors. torch's random state is as before.
 
     Raises:
-        UnsupportedError: PiSSA or OLoRA on a layer that cannot subtract, LoftQ without the original weights. UsageError: a
+        UnsupportedError: PiSSA or OLoRA on a layer that cannot subtract, LoftQ or QERA without the original weights. UsageError: a
         module both in ``ranks`` and in a head.
     """
-    if config.init == "loftq" and originals is None:
-        raise UnsupportedError("--init loftq needs the weights before quantization", hint="give the 16-bit model as --base, or another --init")
+    if config.init in CORRECTING and originals is None:
+        raise UnsupportedError(f"--init {config.init} needs the weights before quantization", hint="give the 16-bit model as --base, or another --init")
     added_by_peft = ("classifier", "score") if task_type == "SEQ_CLS" else ()
     whole = _outermost(heads, added_by_peft)
     _refuse_twice(ranks, (*whole, *added_by_peft))
@@ -173,7 +174,7 @@ def inject(
     for path, layer in layers.items():
         layer.scaling[ADAPTER] = scale_of(ranks[path], config)
         layer.final_rank = ranks[path]
-    _start(layers, config, originals, dtype)
+    _start(layers, config, originals, moments, dtype)
     return peft_model
 
 
@@ -229,12 +230,18 @@ def lora_layers(peft_model: PeftModel) -> dict[str, Any]:
     return dict(sorted(found, key=lambda item: natural_key(item[0])))
 
 
-def _start(layers: Mapping[str, Any], config: TrainConfig, originals: Callable[[str], torch.Tensor] | None, dtype: torch.dtype) -> None:
+def _start(
+    layers: Mapping[str, Any],
+    config: TrainConfig,
+    originals: Callable[[str], torch.Tensor] | None,
+    moments: Callable[[str], torch.Tensor | None] | None,
+    dtype: torch.dtype,
+) -> None:
     """Give every layer its first values, its dtype, and where it starts inside the weight, its offset."""
     on_cpu = all(layer.lora_A[ADAPTER].weight.device.type == "cpu" for layer in layers.values())
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with single_threaded_blas(), ThreadPoolExecutor(workers if on_cpu else 1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        starts = pool.map(lambda path: _first_values(path, layers[path], config, originals), layers)
+        starts = pool.map(lambda path: _first_values(path, layers[path], config, originals, moments), layers)
         for layer, factors in zip(layers.values(), starts, strict=True):
             _place(layer, factors.to(dtype))
             if config.init in ("pissa", "olora"):
@@ -244,12 +251,18 @@ def _start(layers: Mapping[str, Any], config: TrainConfig, originals: Callable[[
 
 
 @torch.no_grad()
-def _first_values(path: str, layer: Any, config: TrainConfig, originals: Callable[[str], torch.Tensor] | None) -> LowRank:
+def _first_values(
+    path: str,
+    layer: Any,
+    config: TrainConfig,
+    originals: Callable[[str], torch.Tensor] | None,
+    moments: Callable[[str], torch.Tensor | None] | None,
+) -> LowRank:
     rank, scale, name = layer.r[ADAPTER], layer.scaling[ADAPTER], f"{config.seed}/{path}"
     outputs, inputs = sides(layer.base_layer)
     made = layer.lora_A[ADAPTER].weight
     unreal = made.device.type == "meta" or isinstance(made, FakeTensor)  # a memory estimate: sizes are all that counts
-    if config.init in ("default", "gaussian") or unreal:
+    if config.init in ("default", "gaussian", STORED) or unreal:
         draw = initial.gaussian if config.init == "gaussian" else initial.uniform
         return LowRank(draw((rank, inputs), seed_of(name)), torch.zeros(outputs, rank))
     weight_OI = _as_matrix(layer.base_layer, layer.base_layer.weight)
@@ -259,6 +272,9 @@ def _first_values(path: str, layer: Any, config: TrainConfig, originals: Callabl
         return initial.olora(weight_OI, rank)
     assert originals is not None
     original_OI = _as_matrix(layer.base_layer, originals(path)).to(weight_OI.device)
+    heard_II = moments(path) if moments is not None and config.init == "qera" else None
+    if heard_II is not None:
+        return initial.qera(original_OI, lambda _: weight_OI, heard_II, rank, scale, name)
     return initial.loftq(original_OI, lambda _: weight_OI, rank, scale, name)
 
 

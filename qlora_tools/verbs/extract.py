@@ -103,6 +103,7 @@ def extract(
     calib: str | Path | None = None,
     text: str | Path | None = None,
     refine: int | None = None,
+    by_block: bool = False,
     output: Path | None = None,
     force: bool = False,
     device: str = "auto",
@@ -113,7 +114,7 @@ def extract(
 
     ``calib``: what errors are weighed with: a file of statistics of either model, a text file, ``self`` (the tuned model's own text) or
     ``builtin``. ``text``: what objectives are judged on and distillation learns from, likewise; default: ``calib`` where that is a text.
-    ``refine``: so many steps of distillation.
+    ``refine``: so many steps of distillation, with ``by_block`` of each block, one block in memory at a time.
 
     Raises:
         IncompatibleError: shapes or names differ, nothing changed, something changed that an adapter cannot hold, or statistics of another
@@ -127,6 +128,7 @@ def extract(
     check_output(dest, force=force, inputs=inputs)
     text = _text_of(text, calib)
     _check_options(config, first, calib, text, refine)
+    _check_by_block(by_block, refine, text)
     contenders: tuple[Contender, ...] = ()
     refined, report = None, None
     with ExitStack() as stack:
@@ -144,7 +146,7 @@ def extract(
             _write(extracted, dest, config, pair, contenders, force=force)
             report = extracted.report
     if refine is not None and not dry_run:
-        refined = _refine(dest, base, tuned, config, str(text), refine, device, progress)
+        refined = _refine(dest, base, tuned, config, str(text), refine, by_block, device, progress)
     return ExtractResult(dest, first.folder, second.folder, dry_run, compared, report, time.perf_counter() - began, config.objective, contenders, refined)
 
 
@@ -177,6 +179,13 @@ def _check_options(config: ExtractConfig, base: LogicalCheckpoint, calib: str | 
         raise UsageError("refine needs text of the model's own domain to learn from", hint="give --text FILE, or --text self")
     if refine is not None and refine < 1:
         raise UsageError(f"refine {refine}: distillation takes at least one step")
+
+
+def _check_by_block(by_block: bool, refine: int | None, text: str | Path | None) -> None:
+    if by_block and refine is None:
+        raise UsageError("by block is a way to refine, which was not asked for", hint="add --refine")
+    if by_block and text == "self":
+        raise UsageError("block by block there is never a whole teacher to write text", hint="give --text FILE")
 
 
 def _statistics(
@@ -248,12 +257,14 @@ def _write(extracted: Extracted, dest: Path, config: ExtractConfig, pair: _Pair,
         seal(folder, Manifest("adapter", command, inputs=inputs, base_tensors=extracted.base_tensors, report=report))
 
 
-def _refine(dest: Path, base: str | Path, tuned: str | Path, config: ExtractConfig, text: str, steps: int, device: str, progress: Progress) -> RefineReport:
+def _refine(
+    dest: Path, base: str | Path, tuned: str | Path, config: ExtractConfig, text: str, steps: int, by_block: bool, device: str, progress: Progress
+) -> RefineReport:
     """Distil the written adapter in its place, for the base that it will live on."""
     from qlora_tools.training.distill import RefineConfig
     from qlora_tools.verbs.refine import refine_adapter
 
-    settings = RefineConfig(steps=steps, text=text, base_format=config.base_format or "bf16")
+    settings = RefineConfig(steps=steps, text=text, by_block=by_block, base_format=config.base_format or "bf16")
     return refine_adapter(dest, base=base, teacher=tuned, config=settings, device=device, progress=progress)
 
 

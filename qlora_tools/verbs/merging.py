@@ -93,7 +93,7 @@ def open_merged(
         ``MergedSource`` raise.
     """
     checkpoint = open_model(base, progress)
-    folders = tuple(_adapter_folder(path) for path, _ in adapters)
+    folders = tuple(adapter_folder(path) for path, _ in adapters)
     correcting = next((said for folder in folders if (said := correction(folder))), None)
     target = target or ("trained" if checkpoint.quantized or correcting else "original")
     if target == "original" and checkpoint.quantized:
@@ -115,10 +115,17 @@ def open_merged(
 
 def correction(folder: Path) -> str | None:
     """A sentence on how the adapter in ``folder`` came to hold what quantization lost; ``None`` where nothing says so."""
+    return next((said for key, values in _CORRECTING.items() if (said := made_with(folder, key, values))), None)
+
+
+def made_with(folder: Path, key: str, values: Sequence[str]) -> str | None:
+    """A sentence that names the one of ``values`` which the command behind the adapter, or behind what it was trained from, has under ``key``."""
     manifest = read_manifest(folder)
-    for key, values in _CORRECTING.items():
-        if manifest and manifest.command.get(key) in values:
-            return f"{folder} was made with {key} {manifest.command[key]!r}"
+    command: Any = manifest.command if manifest else None
+    while isinstance(command, Mapping):
+        if command.get(key) in values:
+            return f"{folder} was made with {key} {command[key]!r}"
+        command = command.get("start")
     return None
 
 
@@ -160,7 +167,7 @@ class RoundTripped:
         return decoded if rows is None else decoded[rows[0] : rows[1]]
 
 
-def _adapter_folder(path: str | Path) -> Path:
+def adapter_folder(path: str | Path) -> Path:
     """An adapter's folder, or the snapshot of a hub id."""
     from qlora_tools.checkpoint.hub import resolve_model
 

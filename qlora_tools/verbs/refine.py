@@ -34,8 +34,9 @@ from qlora_tools.quant.codec import Codec
 from qlora_tools.quant.int4 import Int4
 from qlora_tools.training import events
 from qlora_tools.training.allocator import Heap, peak_bytes
-from qlora_tools.training.distill import Distilled, DivergenceLoss, RefineConfig, WindowRows, distill
+from qlora_tools.training.distill import DivergenceLoss, RefineConfig, WindowRows, distill
 from qlora_tools.training.distill_adapter import Learner, put_adapter, ranks_in
+from qlora_tools.training.distill_blocks import BlockError
 from qlora_tools.training.estimate import Subject, empty_base, estimator
 from qlora_tools.training.fused import fuse
 from qlora_tools.training.loop import Run
@@ -46,6 +47,7 @@ from qlora_tools.verbs.adapter_files import adapter_path
 from qlora_tools.verbs.calibrate import SELF, windows_for
 from qlora_tools.verbs.opening import describe_input, folder_name, open_model, resolve_device
 from qlora_tools.verbs.quantize import codec_for
+from qlora_tools.verbs.refine_blocks import estimate_blocks_bytes, refine_blocks
 from qlora_tools.verbs.training_memory import compute_dtype, teacher_codec
 
 _TEXT = "text.safetensors"
@@ -54,7 +56,10 @@ _LEARN, _HELD_OUT = "learn", "held_out"
 
 @dataclass(frozen=True)
 class RefineReport:
-    """What a run did. KL in nats per position on held-out windows. ``kept_start``: nothing was better, the adapter is as it was."""
+    """What a run did. KL in nats per position on held-out windows. ``kept_start``: nothing was better, the adapter is as it was.
+
+    ``blocks``: where it went block by block, how far each one's output is from the teacher's; ``steps`` are then of each.
+    """
 
     start_kl: float
     end_kl: float
@@ -67,6 +72,7 @@ class RefineReport:
     seconds: float
     peak_bytes: int
     estimate_bytes: int
+    blocks: tuple[BlockError, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -138,7 +144,9 @@ def refine(
     estimate_bytes = task.estimate_bytes()
     if not dry_run:
         progress.note(f"about {estimate_bytes / 1e9:.2f} GB of memory")
-        report = _refine(task, resume, estimate_bytes, {"adapter": str(adapter), "base": str(base), "teacher": str(teacher)}, listen, progress)
+        words = {"adapter": str(adapter), "base": str(base), "teacher": str(teacher)}
+        whole = not task.config.by_block
+        report = _refine(task, resume, estimate_bytes, words, listen, progress) if whole else _refine_by_block(task, estimate_bytes, progress)
     return RefineResult(task.dest, time.perf_counter() - began, count, estimate_bytes, report)
 
 
@@ -174,6 +182,8 @@ class _Task:
     def estimate_bytes(self) -> int:
         """Peak memory, from headers: the same adapter, teacher, loss and batch as the run's on tensors without content."""
         config, dtype = self.config, self.dtype
+        if config.by_block:
+            return estimate_blocks_bytes(self.base, config, dtype, self.device)
 
         def adapt(model: Any, chosen: Any) -> Subject:
             ranks = ranks_in(self.adapter, model)
@@ -257,8 +267,24 @@ def _refine(task: _Task, resume: bool, estimate_bytes: int, words: Mapping[str, 
         made.start_kl, made.end_kl, made.kept_start, made.best_step, state.step, made.stopped, text.name, state.tokens, state.seconds,
         peak_bytes(task.device), estimate_bytes,
     )  # fmt: skip
-    _write(task, learner, made, report, text)
+    learnt = {} if made.kept_start else {part.key: made.values[name].to("cpu", part.spec.torch_dtype) for name, part in learner.parts.items()}
+    _write(task, learnt, report, text)
     shutil.rmtree(folder)
+    return report
+
+
+def _refine_by_block(task: _Task, estimate_bytes: int, progress: Progress) -> RefineReport:
+    began, heap = time.perf_counter(), Heap(task.device)
+    text = _text(task, None, progress)
+    made, learnt = refine_blocks(
+        task.adapter, task.base, task.teacher, task.codec(), text, task.config,
+        spill=task.dest.resolve().parent, dtype=task.dtype, device=task.device, tidy=heap.give_back, progress=progress,
+    )  # fmt: skip
+    report = RefineReport(
+        made.start_kl, made.end_kl if not made.kept_start else made.start_kl, made.kept_start, 0 if made.kept_start else task.config.steps,
+        task.config.steps, "done", text.name, text.tokens, time.perf_counter() - began, peak_bytes(task.device), estimate_bytes, made.blocks,
+    )  # fmt: skip
+    _write(task, learnt, report, text)
     return report
 
 
@@ -289,12 +315,13 @@ def _identity(task: _Task, base: Base, guide: Base, text: TextWindows) -> RunIde
     )
 
 
-def _text(task: _Task, guide: Base, progress: Progress) -> TextWindows:
-    """The text to learn on: a file's, this package's, or the teacher's own."""
+def _text(task: _Task, guide: Base | None, progress: Progress) -> TextWindows:
+    """The text to learn on: a file's, this package's, or the teacher's own, which ``guide`` writes."""
     config = task.config
     if config.text != SELF:
         wanted = (config.steps * config.batch + config.held_out) * HELD_OUT_EVERY // (HELD_OUT_EVERY - 1) + 1
         return windows_for(task.teacher, config.text, tokens=wanted * config.length, context=config.length, progress=progress)
+    assert guide is not None, "a config by block has no text of its own"
     starts = start_ids(guide.model, open_tokenizer(task.teacher.folder))
     written_NL = self_windows(
         guide.model, start_ids=starts, windows=config.windows, length=config.length, seed=config.seed, temperature=config.text_temperature, progress=progress
@@ -323,9 +350,8 @@ def _share_equal_tensors(base: Any, guide: Any) -> None:
             other.data = mine.data
 
 
-def _write(task: _Task, learner: Learner, made: Distilled, report: RefineReport, text: TextWindows) -> None:
-    """The adapter's files with the learnt numbers in their place."""
-    learnt = {} if made.kept_start else {part.key: made.values[name].to("cpu", part.spec.torch_dtype) for name, part in learner.parts.items()}
+def _write(task: _Task, learnt: Mapping[str, torch.Tensor], report: RefineReport, text: TextWindows) -> None:
+    """The adapter's files with the learnt tensors, by key, in their place."""
     with output_folder(task.dest, force=True, inputs=[task.base.folder, task.teacher.folder]) as partial:
         for path in sorted(task.folder.iterdir()):
             if path.is_file() and path.name not in (WEIGHTS, FILE_NAME):

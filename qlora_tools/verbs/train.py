@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,12 @@ import torch
 
 from qlora_tools.checkpoint.folder import check_output, output_folder, seal
 from qlora_tools.checkpoint.logical import LogicalCheckpoint
-from qlora_tools.errors import Interrupted, OutOfMemory, OutputExistsError
+from qlora_tools.errors import Interrupted, OutOfMemory, OutputExistsError, UsageError
 from qlora_tools.manifest import Manifest
 from qlora_tools.names import slug
 from qlora_tools.progress import SILENT, Progress
 from qlora_tools.training import events
-from qlora_tools.training.config import TrainConfig
+from qlora_tools.training.config import STORED, TrainConfig
 from qlora_tools.training.loop import train as run_loop
 from qlora_tools.training.metrics import FILE_NAME as METRICS
 from qlora_tools.training.metrics import MetricsLog, read_metrics
@@ -32,9 +32,11 @@ from qlora_tools.training.plot import FILE_NAME as PLOT
 from qlora_tools.training.plot import plot_loss
 from qlora_tools.training.state import RUN, checkpoints, load_state, read_ranks, read_run, run_folder, write_run
 from qlora_tools.training.world import processes
+from qlora_tools.verbs.calibrate import statistics_for
 from qlora_tools.verbs.opening import describe_input, folder_name, open_model, resolve_device
 from qlora_tools.verbs.training_data import Data, prepare
 from qlora_tools.verbs.training_run import Prepared, TrainPlan, plan_run, prepare_run, write_adapter
+from qlora_tools.verbs.training_start import Start, open_start
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,9 @@ def train(
     config: TrainConfig,
     val: str | Path | None = None,
     teacher: str | Path | None = None,
+    start: str | Path | None = None,
+    spoken: Iterable[str] | None = None,
+    calib: str | Path | None = None,
     output: Path | None = None,
     force: bool = False,
     device: str = "auto",
@@ -86,27 +91,35 @@ def train(
     ``resume`` continues the run beside ``output``; base, data and config must be those it was started with. Under torchrun each process
     calls this with the same arguments; the first one writes.
 
+    ``start``: a PEFT folder to train on from. It brings its own targets, ranks and scales; ``spoken`` names the fields of ``config`` that must agree with
+    it (default: those that are not at their own default). ``calib``: for ``init="qera"``, a file of statistics, a text, ``self`` or ``builtin``.
+
     Raises:
         Interrupted: SIGINT or SIGTERM; the state is saved. OutOfMemory: with alternatives. OutputExistsError: the output, or an
         interrupted run, is there. IncompatibleError: ``resume`` with something else than the run was started with. And what reading raises.
     """
     began = time.perf_counter()
-    with processes(resolve_device(device)) as (world, place):
+    with processes(resolve_device(device)) as (world, place), ExitStack() as stack:
         checkpoint = open_model(base, progress)
+        origin = open_start(start, checkpoint, config, spoken) if start is not None else None
+        config = origin.settled() if origin is not None else config
+        _check_start(config, origin, calib)
         dest = output or Path("adapters") / slug(f"{folder_name(checkpoint.folder)}-lora-r{config.rank}")
         teacher_model = open_model(teacher, progress) if teacher is not None else None
         _check(dest, checkpoint, force, resume, dry_run)
         world.any(False)  # no process goes on, and makes a folder, before all have looked
         made = prepare(checkpoint, Path(data), Path(val) if val is not None else None, config, progress)
-        plan = plan_run(checkpoint, made, config, place, world.size, teacher_model, timed=dry_run)
+        plan = plan_run(checkpoint, made, config, place, world.size, teacher_model, origin, timed=dry_run)
         if dry_run:
             return TrainResult(dest, time.perf_counter() - began, plan, None)
         listen = listen if world.rank == 0 else events.silent
         listen(events.Planned(plan, str(dest)))
         with _explained_memory(plan, progress):
             measured = read_ranks(dest) if resume else None
-            ready = prepare_run(checkpoint, made, plan, config, place, world, teacher_model, run_folder(dest), progress, measured)
-            words = {"base": str(base), "data": str(data), "val": str(val) if val else None, "teacher": str(teacher) if teacher else None}
+            stats = stack.enter_context(statistics_for(checkpoint, calib, device=place, beside=dest, progress=progress)) if calib is not None else None
+            ready = prepare_run(checkpoint, made, plan, config, place, world, teacher_model, run_folder(dest), progress, measured, origin, stats)
+            words: dict[str, Any] = {"base": base, "data": data, "val": val, "teacher": teacher, "start": start, "calib": calib}
+            words = {name: str(value) if value else None for name, value in words.items()}
             _begin(ready, dest, words, resume)
             with _swept(ready, dest):
                 stopped = _go(ready, listen, progress)
@@ -120,6 +133,15 @@ def train(
         if world.rank == 0:
             _finish(ready, dest, made, checkpoint, words, report, force)
     return TrainResult(dest, time.perf_counter() - began, plan, report)
+
+
+def _check_start(config: TrainConfig, start: Start | None, calib: str | Path | None) -> None:
+    if config.init == STORED and start is None:
+        raise UsageError("no adapter is given to start from", hint="give its folder with --init")
+    if config.init == "qera" and calib is None:
+        raise UsageError("--init qera weighs what was lost by the layers' inputs", hint="give --calib TEXT, a file of `qlt calibrate`, or --calib self")
+    if config.init != "qera" and calib is not None:
+        raise UsageError(f"--calib is for --init qera, not for --init {config.init}", hint="leave it out")
 
 
 def _check(dest: Path, checkpoint: LogicalCheckpoint, force: bool, resume: bool, dry_run: bool) -> None:
@@ -211,6 +233,9 @@ def _finish(ready: Prepared, dest: Path, made: Data, checkpoint: LogicalCheckpoi
         plot_loss(read_metrics(folder / METRICS), partial / PLOT)
         described = {"base": describe_input(checkpoint), "data": {"name": Path(words["data"]).name, "sha256": made.rows.sha256}}
         command = {"verb": "train", **ready.run.config.record(), "labels": list(made.labels)}
+        if ready.start is not None:
+            described["start"] = ready.start.described()
+            command["start"] = ready.start.origin()
         measured = {"steps": report.steps, "best_step": report.best_step, "best_loss": report.best_loss, "final_loss": report.final_loss}
         seal(partial, Manifest("adapter", command, inputs=described, base_tensors=ready.base_tensors(), report=measured))
     shutil.rmtree(folder)

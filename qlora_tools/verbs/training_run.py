@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,15 @@ from peft import PeftModel
 
 from qlora_tools.adapters.merged import base_fingerprint
 from qlora_tools.checkpoint.logical import LogicalCheckpoint
+from qlora_tools.checkpoint.statistics import Statistics
 from qlora_tools.errors import IncompatibleError, UnsupportedError, UsageError
 from qlora_tools.live.base import Base, build_empty, load_base
+from qlora_tools.names import natural_key
 from qlora_tools.progress import Progress
 from qlora_tools.training import events
 from qlora_tools.training.allocator import Heap, peak_bytes
-from qlora_tools.training.config import TrainConfig
+from qlora_tools.training.config import CORRECTING, TrainConfig
+from qlora_tools.training.distill_adapter import put_adapter
 from qlora_tools.training.estimate import can_checkpoint
 from qlora_tools.training.loop import Run, backward, restore, train_mode
 from qlora_tools.training.lora import adapter_state, choose_modules, inject, rank_of, save_adapter, sides, trainable_parameters
@@ -34,6 +37,7 @@ from qlora_tools.training.world import World
 from qlora_tools.verbs.opening import folder_name
 from qlora_tools.verbs.training_data import Data
 from qlora_tools.verbs.training_memory import TASK_TYPES, codec_of, compute_dtype, estimate_run, heads_of, settle_forward, teacher_codec
+from qlora_tools.verbs.training_start import Start
 from qlora_tools.verbs.training_time import seconds_per_step
 
 _NEED_BATCHES = 4
@@ -42,7 +46,7 @@ _PROBE_STEPS = 2
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """The resolved run. ``ranks``: module path -> rank (by measured need: the mean until it is measured). ``estimate``: of peak memory.
+    """The resolved run. ``config``: with the form of the adapter that it starts from, if it does; ``ranks``: module path -> rank (by measured need: the mean until it is measured). ``estimate``: of peak memory.
 
     ``seconds_per_step``: roughly, of a dry run; others show their own time.
     """
@@ -58,14 +62,25 @@ class TrainPlan:
     rows: int
     data: EncodeReport
     preview: tuple[tuple[str, bool], ...]
+    config: TrainConfig
     estimate: Any = None
     seconds_per_step: float | None = None
 
 
 def plan_run(
-    checkpoint: LogicalCheckpoint, made: Data, config: TrainConfig, device: str, processes: int, teacher: LogicalCheckpoint | None, *, timed: bool = False
+    checkpoint: LogicalCheckpoint,
+    made: Data,
+    config: TrainConfig,
+    device: str,
+    processes: int,
+    teacher: LogicalCheckpoint | None,
+    start: Start | None = None,
+    *,
+    timed: bool = False,
 ) -> TrainPlan:
     """Settle targets, ranks, steps and memory from headers and data alone; ``timed``: and how long a step would take.
+
+    ``start``: the adapter to start from, which brings targets and ranks.
 
     Raises:
         UsageError, UnsupportedError, IncompatibleError: targets, ranks, model or teacher do not fit.
@@ -82,8 +97,10 @@ def plan_run(
         raise UsageError(f"--pack with the task {made.task}", hint="rows of several examples are for language models; leave it out")
     if config.checkpointing == "on" and not can_checkpoint(empty):
         raise UnsupportedError(f"{type(empty).__name__} cannot compute its activations again", hint="leave out --checkpointing")
-    modules = choose_modules(empty, checkpoint.family, config.targets)
-    ranks = rank_of(empty, modules, config)
+    if config.init == "qera" and made.task != "language":
+        raise UnsupportedError(f"--init qera with the task {made.task}", hint="statistics are taken from language models; --init loftq needs none")
+    ranks = start.ranks(empty, checkpoint) if start is not None else rank_of(empty, choose_modules(empty, checkpoint.family, config.targets), config)
+    modules = sorted(ranks, key=natural_key)
     layers = dict(empty.named_modules())
     trainable = sum(rank * sum(sides(layers[path])) for path, rank in ranks.items())
     per_step = config.batch * config.accum * processes
@@ -100,6 +117,7 @@ def plan_run(
         rows=len(made.rows),
         data=made.report,
         preview=made.preview,
+        config=config,
         estimate=estimate_run(checkpoint, made, config, ranks, device, teacher),
         seconds_per_step=seconds_per_step(checkpoint, made, config, ranks, device, teacher) if timed else None,
     )
@@ -115,6 +133,7 @@ class Prepared:
     identity: RunIdentity
     folder: Path
     checkpointing: bool
+    start: Start | None = None
     probe_bytes: int | None = None
 
     def restore(self, path: Path) -> None:
@@ -140,14 +159,18 @@ class Prepared:
 
     def base_tensors(self) -> dict[str, str]:
         """sha256 of the base's stored tensors under the adapter, where it is known."""
-        recorded = base_fingerprint(self.base.checkpoint)
-        found = {}
-        for path in self.plan.modules:
-            name = self.base.tensor_of[path]
-            sha256 = self.base.sha256.get(name) if name not in self.base.checkpoint.quantized else recorded(name)
-            if sha256:
-                found[name] = sha256
-        return dict(sorted(found.items()))
+        return _fingerprints(self.base, self.plan.modules)
+
+
+def _fingerprints(base: Base, modules: Iterable[str]) -> dict[str, str]:
+    recorded = base_fingerprint(base.checkpoint)
+    found = {}
+    for path in modules:
+        name = base.tensor_of[path]
+        sha256 = base.sha256.get(name) if name not in base.checkpoint.quantized else recorded(name)
+        if sha256:
+            found[name] = sha256
+    return dict(sorted(found.items()))
 
 
 def prepare_run(
@@ -161,14 +184,20 @@ def prepare_run(
     folder: Path,
     progress: Progress,
     measured: Mapping[str, int] | None = None,
+    start: Start | None = None,
+    stats: Statistics | None = None,
 ) -> Prepared:
-    """Load the base, put the adapter on it, and measure two steps. ``measured``: ranks by need from the start of a run that goes on."""
+    """Load the base, put the adapter on it, and measure two steps. ``measured``: ranks by need from the start of a run that goes on; ``start``: the
+    adapter to start from; ``stats``: for a start that weighs by what layers read."""
     dtype, heap = compute_dtype(config, device), Heap(device)
     options: Any = {"dtype": dtype, "device": device, "tidy": heap.give_back, "progress": progress}
     base = load_base(checkpoint, made.task, codec_of(config), labels=made.labels, seed=config.seed, **options)
     if config.pack:
         check_isolation(lambda **inputs: base.model(**inputs, use_cache=False).logits, base.model.config.get_text_config().vocab_size, device)
-    model, ranks = _adapted(base, made, plan, config, dtype, checkpoint, measured)
+    if start is not None:
+        model, ranks = _started(base, made, plan, config, dtype, start), plan.ranks
+    else:
+        model, ranks = _adapted(base, made, plan, config, dtype, checkpoint, measured, stats)
     checkpointing = config.checkpointing == "on" or (config.checkpointing == "auto" and plan.estimate is not None and plan.estimate.checkpointing)
     if checkpointing:
         recompute_activations(model)
@@ -190,14 +219,18 @@ def prepare_run(
         tidy=heap.give_back,
     )
     identity = RunIdentity(
-        config=config.record(),
+        config={
+            **config.record(),
+            **({"start_sha256": start.sha256} if start is not None else {}),
+            **({"calib_sha256": stats.origin.text_sha256} if stats is not None else {}),
+        },
         base_sha256=base.identity,
         data_sha256=made.rows.sha256,
         val_sha256=made.held_out.sha256 if made.held_out is not None else None,
         teacher_sha256=teacher_sha256,
         world=world.size,
     )
-    prepared = Prepared(run, base, dataclasses.replace(plan, ranks=ranks), identity, folder, checkpointing)
+    prepared = Prepared(run, base, dataclasses.replace(plan, ranks=ranks), identity, folder, checkpointing, start)
     prepared.probe_bytes = _probe(run, device)
     return prepared
 
@@ -209,6 +242,13 @@ def recompute_activations(model: Any) -> None:
     model.enable_input_require_grads()
 
 
+def _started(base: Base, made: Data, plan: TrainPlan, config: TrainConfig, dtype: torch.dtype, start: Start) -> PeftModel:
+    """The PEFT model with the values of ``start``."""
+    start.check_base(_fingerprints(base, plan.modules))
+    heads = base.fresh or heads_of(base.model, base.checkpoint, made.task)
+    return put_adapter(base, start.adapter, dtype, config=config, task_type=TASK_TYPES[made.task], heads=heads).model
+
+
 def _adapted(
     base: Base,
     made: Data,
@@ -217,15 +257,20 @@ def _adapted(
     dtype: torch.dtype,
     checkpoint: LogicalCheckpoint,
     measured: Mapping[str, int] | None,
+    stats: Statistics | None,
 ) -> tuple[PeftModel, Mapping[str, int]]:
     """The PEFT model, at ranks by need where the config asks for it: ``measured`` ones where they are known and fit."""
     heads = base.fresh or heads_of(base.model, checkpoint, made.task)
 
+    def moments(path: str) -> torch.Tensor | None:
+        name = stats.name_of("input", base.tensor_of[path]) if stats is not None else None
+        return stats.read(name) if stats is not None and name is not None else None
+
     def put(ranks: Mapping[str, int], chosen: TrainConfig) -> PeftModel:
         originals: Callable[[str], torch.Tensor] | None = None
-        if chosen.init == "loftq" and not checkpoint.quantized:
+        if chosen.init in CORRECTING and not checkpoint.quantized:
             originals = lambda path: checkpoint.read(base.tensor_of[path])  # noqa: E731
-        return inject(base.model, ranks, chosen, TASK_TYPES[made.task], heads=heads, originals=originals, dtype=dtype)
+        return inject(base.model, ranks, chosen, TASK_TYPES[made.task], heads=heads, originals=originals, moments=moments, dtype=dtype)
 
     if config.rank_budget is None:
         return put(plan.ranks, config), plan.ranks
@@ -289,4 +334,6 @@ def _probe(run: Run, device: str) -> int:
 def write_adapter(folder: Path, ready: Prepared, values: Mapping[str, torch.Tensor], base_name: str) -> None:
     """The PEFT files of the run's adapter, from fp32 ``values``."""
     config, tensors = adapter_state(ready.run.model, values, base_model=base_name)
+    if ready.start is not None:
+        ready.start.hand_on(config, tensors)
     save_adapter(folder, config, tensors)

@@ -12,10 +12,10 @@ from qlora_tools import api
 from qlora_tools.calibrate import collect as module
 from qlora_tools.calibrate import walk
 from qlora_tools.calibrate.collect import collect
-from qlora_tools.calibrate.parking import Parking
-from qlora_tools.calibrate.weights import Weights, stops_of
 from qlora_tools.checkpoint.logical import open_checkpoint
 from qlora_tools.errors import IncompatibleError, NonFiniteError
+from qlora_tools.live.parking import Parking
+from qlora_tools.live.weights import Weights, stops_of
 from tests.calibrate import models
 from tests.calibrate.test_collect import windows_of
 from tests.conftest import build_llama

@@ -56,6 +56,7 @@ class Plan:
     rows: int = 120
     data: Data = Data()
     preview: tuple[tuple[str, bool], ...] = (("question ", False), ("answer\x1b[2J", True))
+    config: TrainConfig = field(default_factory=TrainConfig)
     estimate: Any = field(default_factory=Estimate)
     seconds_per_step: float | None = 0.5
 
@@ -104,9 +105,9 @@ def step(number: int) -> Step:
     )  # fmt: skip
 
 
-def told(output: Path) -> list[Event]:
+def told(output: Path, plan: Plan) -> list[Event]:
     judged = [Evaluation(step=50, loss=2.0, best=True), Sample(step=50, prompt="To be", text=" or\x1b]0;x\x07not"), Saved(step=50, name="step-000050")]
-    return [Planned(Plan(), str(output)), STARTED, *map(step, range(1, 51)), *judged, *map(step, range(51, 101))]
+    return [Planned(plan, str(output)), STARTED, *map(step, range(1, 51)), *judged, *map(step, range(51, 101))]
 
 
 class Training:
@@ -117,12 +118,13 @@ class Training:
 
     def __call__(self, **words: Any) -> Result:
         self.words = words
+        self.plan = replace(self.plan, config=words.get("config", TrainConfig()))
         output = words["output"] or Path("adapters/base-r16")
         if words["dry_run"]:
             return Result(output, 1.0, None, self.plan)
         with words["progress"].task("read", 3, "tensors") as task:
             task.advance(3)
-        events = told(output)
+        events = told(output, self.plan)
         for event in events[:2]:
             words["listen"](event)
         with words["progress"].task("train", 100, "steps") as task:
@@ -464,7 +466,7 @@ def test_on_a_terminal_there_is_a_bar_with_lines_above_it(training, monkeypatch,
         monkeypatch.setenv("NO_COLOR", "1")
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    screen = RunScreen(Screen(), TrainConfig())
+    screen = RunScreen(Screen())
     training(output=Path("there"), dry_run=False, listen=screen, progress=screen)
     seen = terminal.getvalue()
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen)
@@ -476,7 +478,7 @@ def test_on_a_terminal_there_is_a_bar_with_lines_above_it(training, monkeypatch,
 
 
 def test_an_accuracy_takes_the_place_of_the_perplexity(capsys):
-    screen = RunScreen(Screen(), TrainConfig())
+    screen = RunScreen(Screen())
     screen(Evaluation(step=3, loss=0.5, best=False, accuracy=0.75))
     screen(replace(step(4), rank=6))
     screen(step(100))
@@ -485,7 +487,7 @@ def test_an_accuracy_takes_the_place_of_the_perplexity(capsys):
 
 
 def test_resuming_says_where(capsys):
-    RunScreen(Screen(), TrainConfig())(replace(STARTED, resumed_at=40))
+    RunScreen(Screen())(replace(STARTED, resumed_at=40))
     assert "resuming at step 40 of 100" in capsys.readouterr().err
 
 

@@ -24,7 +24,16 @@ def test_the_chain_runs_on_a_given_pair_and_again(qlt, here, llama, tuned, text,
     monkeypatch.setattr(flow, "EXPORTS", ("int8",))
     done = qlt("demo", "--base", llama, "--tuned", tuned, "--text", text, "--rounds", 1, "--rank", 8)
     assert done.code == 0, done.err
-    for step in ("extract", "quantize", "merge", "merge to NF4", "merge onto the NF4 grid", "merge, the grid kept", "export int8", "wrote demo/bench/report.html"):
+    for step in (
+        "extract",
+        "quantize",
+        "merge",
+        "merge to NF4",
+        "merge onto the NF4 grid",
+        "merge, the grid kept",
+        "export int8",
+        "wrote demo/bench/report.html",
+    ):
         assert step in done.out
     assert {"demo/bench/report.html", "demo/bench/bench.json", "demo/adapter-r8/adapter_model.safetensors", "demo/onnx-int8/model.onnx"} <= files(here)
     record = json.loads((here / "demo/bench/bench.json").read_text())

@@ -60,6 +60,7 @@ _OBJECTIVE_HELP = "With --for: the change alone, all that differs from the quant
 @headed("The base it is for")(
     "--refine", is_flag=False, flag_value=_REFINE_STEPS, type=int, metavar="[STEPS]", help="Distil the tuned model into the adapter, so many steps."
 )
+@headed("The base it is for")("--by-block", is_flag=True, help="Refine with one block of each model in memory at a time.")
 @headed("The base it is for")("--text", metavar="FILE|self|builtin", help="What auto judges on and --refine learns from. Default: --calib, if that is a text.")
 @shared
 def command(
@@ -71,6 +72,7 @@ def command(
     calib: str | None,
     text: str | None,
     refine: int | None,
+    by_block: bool,
     **choices: object,
 ) -> None:
     """Take a LoRA adapter out of a full fine-tune, as a PEFT folder, with its error and the best possible one."""
@@ -85,6 +87,7 @@ def command(
         calib=calib,
         text=text,
         refine=refine,
+        by_block=by_block,
         **common.arguments,
     )
     screen = common.screen

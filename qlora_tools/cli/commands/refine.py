@@ -19,6 +19,7 @@ EPILOG = examples(
     "qlt refine                           # base, tuned model and adapter of the step before",
     "qlt refine adapters/tuned-r16 --base base/ --teacher tuned/ --nf4",
     "qlt refine adapters/tuned-r16 --base base/ --teacher tuned/ --int8 --text domain.txt --steps 200",
+    "qlt refine --by-block --text domain.txt",
     "qlt refine --resume -o adapters/tuned-r16-refined-nf4",
 )
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(RefineConfig)}
@@ -44,7 +45,8 @@ _models, _text, _steps = headed("Models"), headed("Text"), headed("Optimization"
 )
 @_text("--windows", type=int, default=_DEFAULTS["windows"], show_default=True, metavar="N", help="Pieces of self-written text.")
 @_text("--length", type=int, default=_DEFAULTS["length"], show_default=True, metavar="N", help="Tokens of a piece.")
-@_steps("--steps", type=int, default=_DEFAULTS["steps"], show_default=True, metavar="N", help="Optimizer steps.")
+@_steps("--steps", type=int, default=_DEFAULTS["steps"], show_default=True, metavar="N", help="Optimizer steps; of each block with --by-block.")
+@_steps("--by-block", is_flag=True, help="For models that fit in memory only block by block: each block after the teacher's. Needs --text.")
 @_steps("--batch", type=int, default=_DEFAULTS["batch"], show_default=True, metavar="N", help="Pieces of text per step.")
 @_steps("--lr", type=float, default=_DEFAULTS["lr"], show_default=True, metavar="X", help="Highest learning rate.")
 @_steps("--temperature", type=float, default=_DEFAULTS["temperature"], show_default=True, metavar="X", help="Softening of both models' predictions.")
@@ -83,10 +85,19 @@ def _picked(common: Shared, base: str | None, adapter: str | None, teacher: str 
     return base, adapters[0][0], teacher
 
 
+def _gap(report: RefineReport) -> str:
+    """How far the last block is from the teacher's."""
+    last, kept = report.blocks[-1], sum(block.kept_start for block in report.blocks)
+    stayed = f"; {kept} of {len(report.blocks)} learnt nothing that helped" if kept else ""
+    return f"{last.start:.3%} -> {last.after:.3%} off after the last{stayed}"
+
+
 def _closing(report: RefineReport, folder: str) -> list[tuple[str, str]]:
     change = f"{report.start_kl:.5f} -> {report.end_kl:.5f}" if not report.kept_start else f"{report.start_kl:.5f}; no step made it better"
+    blocks = [("block outputs", _gap(report))] if report.blocks else []
     return [
         ("KL to the teacher", change),
+        *blocks,
         ("text", f"{report.text}, {report.tokens:,} tokens in {duration(report.seconds)}"),
         ("steps", f"{report.steps}, the best at {report.best_step}{' (stopped early)' if report.stopped == 'early' else ''}"),
         ("peak memory", f"{megabytes(report.peak_bytes)}, {megabytes(report.estimate_bytes)} estimated"),

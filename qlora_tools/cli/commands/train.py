@@ -32,6 +32,8 @@ EPILOG = examples(
 )
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(TrainConfig)}
 _CHOICES = tuple(_DEFAULTS)
+#: What an adapter to start from decides.
+_FORM = frozenset({"base_format", "rank", "alpha", "targets", "rank_pattern", "rslora", "dora"})
 F = TypeVar("F", bound="Callable[..., Any]")
 
 
@@ -89,7 +91,8 @@ def _options(function: F) -> F:
         _choice(adapter, "--start-rank", "Grow from this rank to --rank over the first half of the run.", int, metavar="N"),
         _choice(adapter, "--rslora/--no-rslora", "Scale by alpha / sqrt(rank)."),
         _choice(adapter, "--dora/--no-dora", "Learn lengths and directions of weight rows apart."),
-        _choice(adapter, "--init", "Where the factors start.", one_of(choices_of.INITS)),
+        _choice(adapter, "--init", "Where the factors start: one of these words, or the folder of an adapter, whose ranks and targets they then have.", metavar=f"{'|'.join(choices_of.STARTS)}|FOLDER"),
+        headed(adapter)("--calib", metavar="TEXT", help="For --init qera: a text, a file of `qlt calibrate`, self or builtin."),
         _choice(steps, "--lr", "Highest learning rate.", float, metavar="X"),
         _choice(steps, "--schedule", "Course of the rate after the warm-up.", one_of(choices_of.SCHEDULES)),
         _choice(steps, "--warmup", "Steps of rising rate; below 1, a share of the run.", float, metavar="X"),
@@ -131,20 +134,36 @@ def _default_mark(name: str) -> str:
 @headed("Run")("--save-config", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.toml", help="Write the resolved options to a file for --config.")
 @shared
 def command(
-    common: Shared, base: str | None, data: str | None, val: str | None, teacher: str | None, resume: bool, save_config: Path | None, **values: Any
+    common: Shared,
+    base: str | None,
+    data: str | None,
+    val: str | None,
+    teacher: str | None,
+    calib: str | None,
+    resume: bool,
+    save_config: Path | None,
+    **values: Any,
 ) -> None:
     """Train LoRA factors in bf16 over a frozen base in NF4, int8 or bf16. Writes a PEFT folder."""
     from qlora_tools import api
 
     if not _speaks():
         common = replace(common, screen=Screen(quiet=True))
-    paths: dict[str, Any] = {"base": base, "data": data, "val": val, "teacher": teacher}
+    paths: dict[str, Any] = {"base": base, "data": data, "val": val, "teacher": teacher, "start": None, "calib": calib}
     given = {name: value for name, value in values.items() if value is not None and _source(name) is not ParameterSource.DEFAULT}
+    if (start := given.get("init", "default")) not in choices_of.STARTS:
+        if "/" not in start and not Path(start).exists():
+            raise UsageError(
+                f"--init {start} is not one of {', '.join(choices_of.STARTS)}, and there is no such folder", hint="give a word or an adapter's folder"
+            )
+        paths["start"], given["init"] = start, choices_of.STORED
+    spoken = frozenset(given) - {"init"}
     if resume:
         common = replace(common, output=common.output or Path(common.session.pick("run", "-o")))
         stored_paths, stored = _stored(common)
         paths = {name: stored_paths.get(name) if path is None else path for name, path in paths.items()}
         given = {**_without_rivals(stored, given), **given}
+        paths["start"] = paths["start"] if given.get("init") == choices_of.STORED else None
     else:
         given = _settled(given)
     for name in ("base", "data"):
@@ -152,11 +171,11 @@ def command(
             raise UsageError(f"no --{name} given", hint=f"give it with --{name}, or continue a run with --resume")
     config = TrainConfig(**given)
     if save_config is not None:
-        write_recipe(save_config, {**paths, **_recipe(config)}, force=common.force)
+        write_recipe(save_config, _recipe(paths, config, spoken), force=common.force)
     began: list[str] = []
-    run = RunScreen(common.screen, config, lambda plan, output: began.append(_remember_run(common, output)))
+    run = RunScreen(common.screen, lambda plan, output: began.append(_remember_run(common, output)))
     try:
-        result = api.train(**paths, config=config, resume=resume, listen=run, **{**common.arguments, "progress": run})
+        result = api.train(**paths, spoken=spoken, config=config, resume=resume, listen=run, **{**common.arguments, "progress": run})
     except Interrupted as stopped:
         if not _speaks():  # the first process tells it
             raise SystemExit(stopped.exit_code) from stopped
@@ -168,14 +187,14 @@ def command(
             raise
         raise Interrupted(f"stopped at once; {began[0]} keeps the last checkpoint, if there was one", hint="to go on from it: qlt train --resume") from stopped
     if _speaks():
-        _tell(common, config, result, str(paths["base"]))
+        _tell(common, result, str(paths["base"]))
 
 
-def _tell(common: Shared, config: TrainConfig, result: Any, base: str) -> None:
+def _tell(common: Shared, result: Any, base: str) -> None:
     """The closing card, or the plan of a dry run; and what the next verbs pick up."""
     screen, session, report = common.screen, common.session, result.report
     if report is None:
-        draw_plan(screen, result.plan, config, err=False)
+        draw_plan(screen, result.plan, result.plan.config, err=False)
     else:
         folder = session.relative(result.output)
         session.remember(base=base, tuned=None, adapters=[[folder, 1.0]], exports=None, run=None)
@@ -238,7 +257,7 @@ def _stored(common: Shared) -> tuple[dict[str, Any], dict[str, Any]]:
         TrainConfig(**choices)
     except (TypeError, ValueError) as error:
         raise CorruptError(f"{common.output}: the run's options are damaged: {error}", hint="start it anew with --force") from error
-    paths = {name: words.get(name) for name in ("base", "data", "val", "teacher")}
+    paths = {name: words.get(name) for name in ("base", "data", "val", "teacher", "start", "calib")}
     common.screen.remark(f"resuming {common.session.relative(common.output)}: base {paths['base']}, data {paths['data']}")
     return paths, choices
 
@@ -251,9 +270,12 @@ def _remember_run(common: Shared, folder: Path | str) -> str:
     return name
 
 
-def _recipe(config: TrainConfig) -> dict[str, Any]:
-    """The config under the options' names."""
-    values = config.record()
+def _recipe(paths: Mapping[str, Any], config: TrainConfig, spoken: frozenset[str]) -> dict[str, Any]:
+    """Paths and config under the options' names; without what follows the adapter that the run starts from."""
+    values = {**{name: path for name, path in paths.items() if name != "start"}, **config.record()}
     values["sample"] = list(values.pop("samples"))
     values["rank_pattern"] = [f"{pattern}={rank}" for pattern, rank in values["rank_pattern"]]
+    if paths["start"] is not None:
+        values["init"] = str(paths["start"])
+        values = {name: value for name, value in values.items() if name not in _FORM or name in spoken}
     return values

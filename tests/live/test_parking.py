@@ -6,7 +6,7 @@ import gc
 
 import torch
 
-from qlora_tools.calibrate.parking import Parking, map_tensors, tensors_in
+from qlora_tools.live.parking import Parking, map_tensors, tensors_in
 
 
 def test_beyond_the_budget_tensors_go_to_files_and_come_back_the_same(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_tools.calibrate.relay import Passage, end, intercept, release
+from qlora_tools.live.relay import Passage, end, intercept, release
 
 
 class Two(nn.Module):

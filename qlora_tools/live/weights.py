@@ -111,6 +111,10 @@ class Weights:
             self.sha256[name] = self.checkpoint.sha256(name)
         return self.checkpoint.read(name)
 
+    def read_rows(self, name: str, rows: tuple[int, int]) -> torch.Tensor:
+        """The rows [start, stop) of a tensor, dense; not hashed."""
+        return self.checkpoint.read(name, rows)
+
     def lookup(self, path: str, module: nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
         """What the embedding at ``path`` gives for ``ids``, reading its table tile by tile and keeping only the rows that are wanted."""
         name = str(self.weight_of(path))
@@ -121,7 +125,7 @@ class Weights:
             stop = min(start + step, module.num_embeddings)
             first, last = torch.searchsorted(wanted, torch.tensor([start, stop])).tolist()
             if first < last:
-                rows[first:last] = self.checkpoint.read(name, (start, stop))[wanted[first:last] - start].to(self.dtype)
+                rows[first:last] = self.read_rows(name, (start, stop))[wanted[first:last] - start].to(self.dtype)
         held = module._parameters["weight"]
         module._parameters["weight"] = nn.Parameter(rows.to(self.device), requires_grad=False)
         try:
