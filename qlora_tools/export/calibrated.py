@@ -91,7 +91,10 @@ def encode_calibrated(form: WeightFormat, name: str, weight: str, w_OI: torch.Te
 
 
 def row_errors(lost_OI: torch.Tensor, moments_II: torch.Tensor) -> torch.Tensor:
-    """d R d' of every row d, fp64 [O]. Both are made fp64 in tiles: the moments may be the largest thing in memory."""
+    """d R d' of every row d, fp64 [O]: products in fp64 too, so that what a row takes does not depend on the rows beside it in a tile.
+
+    Both are made fp64 in tiles: the moments may be the largest thing in memory.
+    """
     found = []
     for tile in lost_OI.split(_TILE):
         wide_TI = tile.double()

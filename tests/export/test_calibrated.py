@@ -118,7 +118,7 @@ def test_row_errors_are_the_trace_split_by_rows():
     found = row_errors(lost, seen.judge_II)
     exact = torch.stack([row.double() @ seen.judge_II.double() @ row.double() for row in lost[:50]])
     torch.testing.assert_close(found[:50], exact, rtol=1e-12, atol=0)
-    assert float(found.sum()) == pytest.approx(output_error(lost, seen.judge_II), rel=1e-12)
+    assert float(found.sum()) == pytest.approx(output_error(lost, seen.judge_II), rel=1e-7)
 
 
 def test_rows_encode_alone_as_they_encode_together():
