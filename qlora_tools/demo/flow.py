@@ -110,7 +110,7 @@ def demo(
     checkpoints = [base, tuned, *(folder / name for name in ("merged", "merged-nf4", "merged-on-grid-nf4", "merged-kept-grid-nf4"))]
     if pair is not None:
         checkpoints += [folder / _TRAINED, folder / _REFINED]
-        calibrated: dict[str, Any] = {"scheme": "int4", "calib": pair.prose, "output": folder / f"onnx-int4-{_REFINED}"}
+        calibrated: dict[str, Any] = {"scheme": "int4", "calib": pair.prose, "output": folder / "onnx-int4-refined"}
         exported += (step("export int4, calibrated", export(base=base, adapters=[(folder / _REFINED_ADAPTER, 1.0)], **calibrated, **common)),)
     benched = bench(
         models=[*checkpoints, *(result.output for result in exported)],
