@@ -41,7 +41,8 @@ def collect(
 ) -> Statistics:
     """Run ``windows`` through the model and write its statistics to ``path``, with those of the output gradients where ``fisher`` asks for them.
 
-    ``seed``: of the labels drawn for these. ``observe`` is called with (kind, weight, moments) of everything that is written, ``tidy`` after each block. ``dtype``: what the model computes in; default float32 on the CPU, bfloat16 elsewhere.
+    ``seed``: of the labels drawn for these. ``observe`` is called with (kind, weight, moments) of everything that is written,
+    ``tidy`` after each block. ``dtype``: what the model computes in; default float32 on the CPU, bfloat16 elsewhere.
 
     Raises:
         UnsupportedError: transformers has no class for the model. NonFiniteError: NaN on the way.

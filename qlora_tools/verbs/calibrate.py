@@ -177,13 +177,14 @@ def statistics_for(
     device: str = "cpu",
     beside: Path | None = None,
     also: Iterable[LogicalCheckpoint] = (),
+    windows: TextWindows | None = None,
     progress: Progress = SILENT,
 ) -> Iterator[Statistics]:
     """Statistics of ``checkpoint``, open inside the block: those of the file ``calib``, or taken now from the text ``calib`` (``"self"``: from what the
     model writes, ``"builtin"``: from the package's own text).
 
     ``beside``: a path of the run's output; statistics made here lie next to it while they are needed (default: the system's place for temporary
-    files). ``also``: models whose statistics serve as well (the 16-bit original of a quantized one).
+    files). ``also``: models whose statistics serve as well (the 16-bit original of a quantized one). ``windows``: the text, where the caller has read it already.
 
     Raises:
         IncompatibleError: a file of statistics of another model, or without gradients where ``fisher`` asks for them. And what reading raises.
@@ -197,7 +198,7 @@ def statistics_for(
         return
     from qlora_tools.calibrate.collect import collect
 
-    windows = windows_for(checkpoint, calib, tokens=tokens, context=context, seed=seed, device=device, progress=progress)
+    windows = windows or windows_for(checkpoint, calib, tokens=tokens, context=context, seed=seed, device=device, progress=progress)
     folder = None if beside is None else beside.resolve().parent
     with (
         tempfile.TemporaryDirectory(prefix=".qlt-statistics-", dir=folder if folder and folder.is_dir() else None) as scratch,

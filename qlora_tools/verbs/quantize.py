@@ -121,16 +121,16 @@ def _calib_name(calib: str | Path | None) -> str | None:
 def _calibrated(job: Job, calib: str | Path, tokens: int, context: int, seed: int) -> Iterator[None]:
     """Give ``job`` its statistics and, where there is text and memory, the judge of the whole model."""
     with ExitStack() as stack:
-        made: dict[str, Any] = {"tokens": tokens, "context": context, "seed": seed, "device": job.device, "progress": job.progress}
-        job.statistics = stack.enter_context(statistics_for(job.source, calib, beside=job.dest, **made))
-        if is_statistics(calib):
+        made: dict[str, Any] = {"seed": seed, "device": job.device, "progress": job.progress}
+        windows = None if is_statistics(calib) else windows_for(job.source, calib, tokens=tokens, context=context, **made)
+        job.statistics = stack.enter_context(statistics_for(job.source, calib, beside=job.dest, windows=windows, **made))
+        if windows is None:
             job.progress.note("the statistics come without their text: layers are compared one by one, the whole model is not")
         else:
             from qlora_tools.verbs.quantize_judge import WholeModel  # brings transformers with it
 
-            held_out_NL = windows_for(job.source, calib, **made).held_out_NL
             try:
-                job.judge = WholeModel(job.source, held_out_NL, device=job.device, progress=job.progress)
+                job.judge = WholeModel(job.source, windows.held_out_NL, device=job.device, progress=job.progress)
             except UnsupportedError as error:
                 job.progress.note(f"{error}; layers are compared one by one, the whole model is not")
         yield
