@@ -17,37 +17,30 @@ from qlora_tools.errors import IncompatibleError, Interrupted, OutputExistsError
 from qlora_tools.training import events
 from qlora_tools.training.state import run_folder
 from qlora_tools.verbs.refine import refine_adapter
-from tests.conftest import build_llama, nudge
+from tests.conftest import build_llama
+from tests.flows.refining_material import WEIGHTS, build_adapter, build_base, build_teacher, write_text
 
 CONFIG = api.RefineConfig(steps=6, batch=2, length=24, windows=15, lr=2e-3, held_out=3, compute="fp32", eval_every=2, patience=None)
-WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return build_llama(tmp_path_factory.mktemp("base") / "base", tokenizer=True, initializer_range=0.2)
+    return build_base(tmp_path_factory.mktemp("base") / "base")
 
 
 @pytest.fixture(scope="module")
 def teacher(base, tmp_path_factory):
-    """Linears changed, and a norm, which the adapter holds whole."""
-    tensors = load_file(base / "model.safetensors")
-    norm = {"model.norm.weight": (tensors["model.norm.weight"].float() * 1.1).bfloat16()}
-    return nudge(base, tmp_path_factory.mktemp("teacher") / "teacher", scale=0.2, also=norm)
+    return build_teacher(base, tmp_path_factory.mktemp("teacher") / "teacher")
 
 
 @pytest.fixture(scope="module")
 def adapter(base, teacher, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adapter") / "adapter"
-    api.extract(base=base, tuned=teacher, config=api.ExtractConfig(rank=2), output=folder)
-    return folder
+    return build_adapter(base, teacher, tmp_path_factory.mktemp("adapter") / "adapter")
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("the quick brown fox jumps over the lazy dog, and again. " * 30)
-    return path
+    return write_text(tmp_path_factory.mktemp("text"))
 
 
 @pytest.mark.parametrize("base_format", ["nf4", "int8", "int4", "bf16"])

@@ -25,33 +25,27 @@ from qlora_tools.training.distill_blocks import distill_blocks
 from qlora_tools.training.lora import trainable_parameters
 from qlora_tools.training.student_blocks import Student
 from tests.conftest import build_llama, nudge
-
-WEIGHTS = "adapter_model.safetensors"
+from tests.flows.refining_material import WEIGHTS, build_adapter, build_base, build_teacher, write_text
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return build_llama(tmp_path_factory.mktemp("base") / "base", tokenizer=True, initializer_range=0.2)
+    return build_base(tmp_path_factory.mktemp("base") / "base")
 
 
 @pytest.fixture(scope="module")
 def teacher(base, tmp_path_factory):
-    tensors = load_file(base / "model.safetensors")
-    norm = {"model.norm.weight": (tensors["model.norm.weight"].float() * 1.1).bfloat16()}
-    return nudge(base, tmp_path_factory.mktemp("teacher") / "teacher", scale=0.2, also=norm)
+    return build_teacher(base, tmp_path_factory.mktemp("teacher") / "teacher")
 
 
 @pytest.fixture(scope="module")
 def adapter(base, teacher, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adapter") / "adapter"
-    api.extract(base=base, tuned=teacher, config=api.ExtractConfig(rank=2), output=folder)
-    return folder
+    return build_adapter(base, teacher, tmp_path_factory.mktemp("adapter") / "adapter")
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("the quick brown fox jumps over the lazy dog, and again. " * 30)
+    path = write_text(tmp_path_factory.mktemp("text"))
     return api.RefineConfig(by_block=True, text=str(path), steps=12, batch=2, length=24, lr=2e-3, held_out=3, compute="fp32")
 
 
