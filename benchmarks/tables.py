@@ -120,7 +120,7 @@ def share(value: float) -> str:
 
 def distilled() -> Iterator[list[str]]:
     bars = {"shakespeare-light": {"own": ">= 94 %", "self": ">= 90 %"}, "shakespeare-heavy": {"own": ">= 80 %"}}
-    words = {"own": "in-domain text", "self": "its own text", "foreign": "foreign text"}
+    words = {"own": "in-domain text", "own, by block": "in-domain text, `--by-block`", "self": "its own text", "foreign": "foreign text"}
     for pair in bars:
         if not (found := result(f"refine_{pair}")):
             continue

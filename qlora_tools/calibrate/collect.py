@@ -12,11 +12,12 @@ from qlora_tools.calibrate.moments import Moments
 from qlora_tools.calibrate.walk import Batch, Walk
 from qlora_tools.checkpoint.logical import LogicalCheckpoint
 from qlora_tools.checkpoint.statistics import HELD_OUT, INPUT, MEAN, Origin, Statistics, StatisticsWriter
-from qlora_tools.errors import QltError, UnsupportedError
+from qlora_tools.errors import UnsupportedError
 from qlora_tools.live.parking import Parking
 from qlora_tools.live.text import TextWindows
-from qlora_tools.live.weights import Weights
+from qlora_tools.live.weights import Weights, reaches_outside
 from qlora_tools.progress import SILENT, Progress
+from qlora_tools.quant.floats import judging_dtype
 
 #: Tokens that go through a block at once.
 BATCH_TOKENS = 2048
@@ -100,7 +101,7 @@ def collect_batches(
     progress: Progress = SILENT,
 ) -> Statistics:
     """As :func:`collect`, for any inputs and task. ``text``: name and sha256 of what the inputs are of."""
-    dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
+    dtype = dtype or judging_dtype(device)
 
     def walk(*, whole: bool) -> Statistics:
         weights = Weights(checkpoint, task, dtype, device, progress, whole=whole)
@@ -116,7 +117,7 @@ def collect_batches(
     try:
         return walk(whole=False)
     except (RuntimeError, NotImplementedError) as error:
-        if isinstance(error, QltError) or "meta" not in str(error):
+        if not reaches_outside(error):
             raise
         progress.note(f"{checkpoint.folder.name} reaches into its blocks from outside, so the whole model is loaded")
         return walk(whole=True)

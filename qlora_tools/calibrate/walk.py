@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from qlora_tools.calibrate.gradients import Tape, backward_through, draw_and_go_back
 from qlora_tools.calibrate.moments import Moments
@@ -21,7 +20,7 @@ from qlora_tools.checkpoint.statistics import HELD_OUT, INPUT, OUTPUT
 from qlora_tools.errors import UnsupportedError
 from qlora_tools.live.parking import Parking, map_tensors
 from qlora_tools.live.relay import Call, Passage, end, intercept, release
-from qlora_tools.live.weights import Weights, stops_of
+from qlora_tools.live.weights import Weights, head_of, stops_of
 from qlora_tools.progress import SILENT, Progress, Task
 
 Hand = Callable[[str, str, Moments], None]
@@ -55,7 +54,7 @@ class Walk:
         self._weights, self._batches, self._hand, self._parking, self._seed = weights, batches, hand, parking, fisher_seed
         self._model = weights.model
         self._progress = progress
-        self._head = _head_of(self._model)
+        self._head = head_of(self._model)
         self._ends = {*weights.missing, *([self._head] if self._head and fisher_seed is None else [])}
         if weights.missing and fisher_seed is not None:
             raise UnsupportedError(
@@ -198,9 +197,3 @@ class Walk:
         finally:
             for module in modules.values():
                 release(module)
-
-
-def _head_of(model: Any) -> str | None:
-    """Path of the linear that gives a language model's logits."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return next((path for path, module in model.named_modules() if module is head), None) if isinstance(head, nn.Linear) else None

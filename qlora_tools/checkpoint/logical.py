@@ -14,7 +14,7 @@ import torch
 
 from qlora_tools.checkpoint.reader import CheckpointReader
 from qlora_tools.models.family import Family, family_of
-from qlora_tools.quant.codec import Stored, detect
+from qlora_tools.quant.codec import Codec, Stored, detect
 from qlora_tools.specs import DTYPES, TensorSpec, dtype_of
 
 
@@ -52,6 +52,11 @@ class LogicalCheckpoint:
         """bitsandbytes layers store [out, in] even where the dense model stores [in, out] (GPT-2's Conv1D)."""
         turned = self.family.stores_inputs_first(spec.name, spec.shape)
         return TensorSpec(spec.name, spec.dtype, spec.shape[::-1]) if turned else spec
+
+    @property
+    def codec(self) -> Codec | None:
+        """What its quantized weights are stored in; ``None`` where none is."""
+        return next((item.codec for item in self.quantized.values()), None)
 
     @property
     def ties(self) -> dict[str, str]:

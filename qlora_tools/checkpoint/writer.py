@@ -64,16 +64,20 @@ class SafetensorsWriter:
             os.close(self._descriptor)
             self._descriptor = -1
 
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None:
+            self.close()
+        self.abort()
+
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] = _FORMAT) -> None:
     """One file of tensors that are all at hand. Whatever fails, the file is closed; removing it is left to the folder's owner."""
-    writer = SafetensorsWriter(path, [spec_of(name, tensor) for name, tensor in tensors.items()], metadata)
-    try:
+    with SafetensorsWriter(path, [spec_of(name, tensor) for name, tensor in tensors.items()], metadata) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
-        writer.close()
-    finally:
-        writer.abort()
 
 
 class CheckpointWriter:

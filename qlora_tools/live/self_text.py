@@ -9,11 +9,14 @@ Axes: N windows, L tokens of a window, S starts, P tokens of a start, B windows 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from qlora_tools.errors import NonFiniteError, UsageError
+from qlora_tools.live.text import TextWindows, split_windows
+from qlora_tools.live.tokenizer import open_tokenizer
 from qlora_tools.progress import SILENT, Progress
 
 #: Keys and values of the windows written at once, and their distributions in fp64, take no more than this.
@@ -50,6 +53,13 @@ def self_windows(
             _write(model, written_NL[part], starts_SP.shape[1], shares_NL[part], temperature)
             task.advance(written_NL[part].numel())
     return written_NL
+
+
+def written_by(model: Any, folder: Path, *, windows: int, length: int, seed: int, temperature: float = 1.0, progress: Progress = SILENT) -> TextWindows:
+    """What ``model``, whose tokenizer lies in ``folder``, writes by itself, parted into windows that teach and windows that judge."""
+    starts = start_ids(model, open_tokenizer(folder))
+    written_NL = self_windows(model, start_ids=starts, windows=windows, length=length, seed=seed, temperature=temperature, progress=progress)
+    return split_windows(written_NL, "self")
 
 
 def start_ids(model: Any, tokenizer: Any) -> torch.Tensor:

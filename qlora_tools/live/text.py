@@ -57,8 +57,13 @@ def read_windows(path: Path, tokenizer: Any, *, length: int, count: int | None =
         )
     windows_NL = torch.tensor(ids[: whole * length], dtype=torch.int64).view(whole, length)
     if count is not None and count < whole:
-        windows_NL = windows_NL[torch.linspace(0, whole - 1, max(count, _FEWEST_WINDOWS)).round().long()]
+        windows_NL = evenly(windows_NL, max(count, _FEWEST_WINDOWS))
     return split_windows(windows_NL, path.name)
+
+
+def evenly(windows_NL: torch.Tensor, most: int) -> torch.Tensor:
+    """At most ``most`` of the windows, evenly spaced, the first and the last among them."""
+    return windows_NL[torch.linspace(0, len(windows_NL) - 1, min(most, len(windows_NL))).round().long()]
 
 
 def split_windows(windows_NL: torch.Tensor, name: str) -> TextWindows:

@@ -16,7 +16,7 @@ from torch import nn
 
 from qlora_tools.checkpoint.logical import LogicalCheckpoint
 from qlora_tools.checkpoint.reader import tensor_sha256
-from qlora_tools.errors import IncompatibleError
+from qlora_tools.errors import IncompatibleError, QltError
 from qlora_tools.live.base import build_empty, load_base, tensor_names
 from qlora_tools.names import shortened
 from qlora_tools.progress import SILENT, Progress
@@ -43,10 +43,9 @@ class Weights:
                     if buffer is not None and buffer.device.type != "meta":
                         module._buffers[leaf] = buffer.to(device)
         else:
-            codec = next((item.codec for item in checkpoint.quantized.values()), None)
-            base = load_base(checkpoint, task, codec, dtype=dtype, device=device, progress=progress)
+            base = load_base(checkpoint, task, checkpoint.codec, dtype=dtype, device=device, progress=progress)
             self.model, self.name_of = base.model, {f"{path}.weight": name for path, name in base.tensor_of.items()}
-            self.sha256.update(base.sha256 if codec is None else {name: checkpoint.sha256(name) for name in checkpoint.quantized})
+            self.sha256.update(base.sha256 if checkpoint.codec is None else {name: checkpoint.sha256(name) for name in checkpoint.quantized})
 
     def _strangers(self, names: Mapping[str, str | None]) -> list[str]:
         """What the model needs and the checkpoint has not under any name known here. A head may be missing: nobody asks it."""
@@ -132,6 +131,17 @@ class Weights:
             return type(module).forward(module, positions.to(ids.device))  # type: ignore[no-any-return]
         finally:
             module._parameters["weight"] = held
+
+
+def reaches_outside(error: BaseException) -> bool:
+    """Whether ``error`` says that a model used weights of a block that was empty: its code reaches into blocks from outside."""
+    return not isinstance(error, QltError) and "meta" in str(error)
+
+
+def head_of(model: Any) -> str | None:
+    """Path of the linear that gives a language model's logits."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return next((path for path, module in model.named_modules() if module is head), None) if isinstance(head, nn.Linear) else None
 
 
 def stops_of(model: Any) -> tuple[list[str], list[str]]:

@@ -64,3 +64,8 @@ def in_threads(work: Callable[[int, int], None], stop: int, step: int, threads: 
         with ThreadPoolExecutor(threads) as pool:
             for piece in [pool.submit(work, low, high) for low, high in pieces]:
                 piece.result()
+
+
+def judging_dtype(device: str) -> torch.dtype:
+    """What models that are measured compute in: fp32 on the CPU, where nothing is gained by less, bf16 elsewhere."""
+    return torch.float32 if device == "cpu" else torch.bfloat16

@@ -28,6 +28,7 @@ from qlora_tools.lowrank.svd import squared_norm
 from qlora_tools.models.family import Family
 from qlora_tools.names import shortened, split_tensor
 from qlora_tools.quant.codec import MIN_ELEMENTS, Codec
+from qlora_tools.quant.gptq import output_error
 from qlora_tools.specs import TensorSpec
 from qlora_tools.stages.extract import Moments, sides
 from qlora_tools.stages.extract_objective import held
@@ -144,7 +145,7 @@ def _starting(name: str, target: Target, stored: list[TensorSpec], config: InitC
             residual_OI = (weight_OI.float() - product_OI).to(weight_OI.dtype)
             left_OI = weight_OI.float() - quantize(residual_OI).float() - product_OI
         energies = [squared_norm(part) for part in (weight_OI.float(), lost_OI, left_OI)]
-        weighed = [] if moments_II is None else [float(((part @ moments_II) * part).sum(dtype=torch.float64)) for part in (lost_OI, left_OI)]
+        weighed = [] if moments_II is None else [output_error(part, moments_II) for part in (lost_OI, left_OI)]
         values = {part.name: value.reshape(part.shape).cpu().contiguous() for part, value in zip(stored, (factors.a_RI, factors.b_OR), strict=True)}
         return Outcome(values, Started(name, tensor_sha256(base.cpu()), *energies, *weighed))
 

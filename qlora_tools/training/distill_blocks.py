@@ -23,8 +23,8 @@ from torch.nn import functional
 from qlora_tools.errors import IncompatibleError, NonFiniteError
 from qlora_tools.live.parking import Parking, map_tensors, tensors_in
 from qlora_tools.live.relay import Call, Passage, end, intercept, release
-from qlora_tools.live.text import TextWindows
-from qlora_tools.live.weights import Weights, stops_of
+from qlora_tools.live.text import TextWindows, evenly
+from qlora_tools.live.weights import Weights, head_of, stops_of
 from qlora_tools.progress import SILENT, Progress, Task
 from qlora_tools.training.distill_config import RefineConfig
 from qlora_tools.training.optimizers import rate_factor
@@ -100,12 +100,11 @@ class _Lockstep:
         self._student, self._config, self._parking, self._tidy, self._task = student, config, parking, tidy, task
         self._blocks, embeddings = stops_of(student.model)
         self._embeddings = {TEACHER: stops_of(teacher.model)[1], STUDENT: embeddings}
-        self._heads = {name: _head_of(weights.model) for name, weights in self._weights.items()}
+        self._heads = {name: head_of(weights.model) for name, weights in self._weights.items()}
         self._original: dict[str, dict[str, Callable[..., Any]]] = {}
         vocab = int(getattr(student.model.config.get_text_config(), "vocab_size", 1))
-        chosen = torch.linspace(0, len(text.held_out_NL) - 1, min(config.held_out, len(text.held_out_NL))).round().long()
         few = max(1, min(config.batch, LOGITS_BYTES // (4 * vocab * text.length)))
-        self._learn, self._held_out = list(text.learn_NL.split(config.batch)), list(text.held_out_NL[chosen].split(few))
+        self._learn, self._held_out = list(text.learn_NL.split(config.batch)), list(evenly(text.held_out_NL, config.held_out).split(few))
         self._errors: list[BlockError] = []
         self._generator = torch.Generator().manual_seed(config.seed)
         self._start: Factors = dict(student.start)
@@ -300,8 +299,3 @@ def _divergence(wanted_TV: torch.Tensor, found_TV: torch.Tensor) -> float:
         shares = functional.log_softmax(wanted.float(), dim=-1)
         total += float(functional.kl_div(functional.log_softmax(found.float(), dim=-1), shares, reduction="sum", log_target=True))
     return total
-
-
-def _head_of(model: Any) -> str | None:
-    head = model.get_output_embeddings()
-    return next((path for path, module in model.named_modules() if module is head), None)

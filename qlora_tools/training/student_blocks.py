@@ -49,8 +49,8 @@ class Student(Weights):
         self._merged = MergedSource(checkpoint, [(adapter, 1.0)], ties=checkpoint.ties, fingerprint=base_fingerprint(checkpoint))
         self.name_of = {own: own if own in adapter.changed else name for own, name in self.name_of.items()}  # ties may come apart
         blocks = tuple(f"{block}." for block in stops_of(self.model)[0])
-        self._delta: dict[str, Delta] = {path: adapter.deltas[name] for name, path in learning_layers(adapter, self.model).items() if path.startswith(blocks)}
-        self._tensor = {name: path for name, path in learning_layers(adapter, self.model).items() if path in self._delta}
+        self._tensor = {name: path for name, path in learning_layers(adapter, self.model).items() if path.startswith(blocks)}
+        self._delta: dict[str, Delta] = {path: adapter.deltas[name] for name, path in self._tensor.items()}
         self._refuse()
         self.start: Factors = {path: (delta.a.read().float().to(device), delta.b.read().float().to(device)) for path, delta in self._delta.items()}
         self.factors = dict(self.start)

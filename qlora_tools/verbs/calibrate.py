@@ -18,11 +18,12 @@ import torch
 from qlora_tools.checkpoint.logical import LogicalCheckpoint
 from qlora_tools.checkpoint.statistics import INPUT, Statistics, header_bytes
 from qlora_tools.errors import IncompatibleError, MissingError, OutputExistsError, QltError, UsageError
-from qlora_tools.live.text import HELD_OUT_EVERY, TextWindows, read_windows, split_windows
+from qlora_tools.live.text import HELD_OUT_EVERY, TextWindows, read_windows
 from qlora_tools.live.tokenizer import open_tokenizer
 from qlora_tools.names import slug
 from qlora_tools.process_memory import read_memory
 from qlora_tools.progress import SILENT, Progress
+from qlora_tools.quant.floats import judging_dtype
 from qlora_tools.training.allocator import Heap
 from qlora_tools.verbs.opening import folder_name, open_model, resolve_device
 
@@ -233,7 +234,7 @@ def windows_for(
     count = max(2, tokens // length)
     tokenizer = open_tokenizer(checkpoint.folder)
     if str(text) == SELF:
-        return _self_written(checkpoint, tokenizer, count, length, seed, device, progress)
+        return _self_written(checkpoint, count, length, seed, device, progress)
     if str(text) == BUILTIN:
         with resources.as_file(resources.files("qlora_tools.calibrate") / "builtin.txt") as path:
             return read_windows(path, tokenizer, length=length, count=count)
@@ -252,12 +253,10 @@ def _length(checkpoint: LogicalCheckpoint, context: int, progress: Progress) -> 
     return min(context, limit)
 
 
-def _self_written(checkpoint: LogicalCheckpoint, tokenizer: Any, count: int, length: int, seed: int, device: str, progress: Progress) -> TextWindows:
+def _self_written(checkpoint: LogicalCheckpoint, count: int, length: int, seed: int, device: str, progress: Progress) -> TextWindows:
     from qlora_tools.live.base import load_base
-    from qlora_tools.live.self_text import self_windows, start_ids
+    from qlora_tools.live.self_text import written_by
 
-    codec = next((item.codec for item in checkpoint.quantized.values()), None)
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    model = load_base(checkpoint, "language", codec, dtype=dtype, device=device, progress=progress).model
-    written = self_windows(model, start_ids=start_ids(model, tokenizer), windows=count, length=length, seed=seed, progress=progress)
-    return split_windows(written, SELF)
+    dtype = judging_dtype(device)
+    model = load_base(checkpoint, "language", checkpoint.codec, dtype=dtype, device=device, progress=progress).model
+    return written_by(model, checkpoint.folder, windows=count, length=length, seed=seed, progress=progress)

@@ -26,11 +26,10 @@ from qlora_tools.manifest import Manifest
 from qlora_tools.names import slug
 from qlora_tools.progress import SILENT, Progress
 from qlora_tools.quant.codec import Codec
-from qlora_tools.quant.int4 import Int4
 from qlora_tools.stages.extract import ExtractConfig, plan_extract
 from qlora_tools.stages.extract_result import Extracted, ExtractReport, finish
 from qlora_tools.verbs.opening import describe_input, folder_name, open_model, resolve_device
-from qlora_tools.verbs.quantize import codec_for
+from qlora_tools.verbs.quantize import base_codec
 
 if TYPE_CHECKING:
     from qlora_tools.verbs.refine import RefineReport
@@ -150,13 +149,6 @@ def extract(
     return ExtractResult(dest, first.folder, second.folder, dry_run, compared, report, time.perf_counter() - began, config.objective, contenders, refined)
 
 
-def base_codec(base_format: str | None) -> Codec | None:
-    """The codec that stores a base of this format; ``None`` for one that stays as it is."""
-    if base_format is None:
-        return None
-    return Int4() if base_format == "int4" else codec_for(base_format)
-
-
 def _text_of(text: str | Path | None, calib: str | Path | None) -> str | Path | None:
     if text is not None or calib is None:
         return text
@@ -235,12 +227,8 @@ def _best(pair: _Pair, config: ExtractConfig, text: str | Path, dest: Path) -> t
 
 
 def _write_adapter(extracted: Extracted, folder: Path, pair: _Pair) -> None:
-    writer = SafetensorsWriter(folder / WEIGHTS, extracted.plan.outputs)
-    try:
+    with SafetensorsWriter(folder / WEIGHTS, extracted.plan.outputs) as writer:
         run(extracted.plan, {"tuned": pair.tuned}, writer, title="write adapter", progress=pair.progress)
-        writer.close()
-    finally:
-        writer.abort()
     write_config(folder, extracted.config)
 
 

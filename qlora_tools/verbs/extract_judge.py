@@ -21,6 +21,7 @@ from qlora_tools.checkpoint.logical import LogicalCheckpoint
 from qlora_tools.live.base import load_base
 from qlora_tools.progress import Progress
 from qlora_tools.quant.codec import Codec
+from qlora_tools.quant.floats import judging_dtype
 
 _BATCH_TOKENS = 1024
 TOKENS, CONTEXT = 32_768, 256
@@ -68,7 +69,7 @@ def judge_windows(
     """The same on given windows, i64; ``bare``: and the base without an adapter, under :data:`BARE`."""
     from peft import PeftModel
 
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    dtype = judging_dtype(device)
     teacher = load_base(tuned, "language", None, dtype=dtype, device=device, progress=progress).model
     student: Any = load_base(base, "language", codec, dtype=dtype, device=device, progress=progress).model
     with warnings.catch_warnings():

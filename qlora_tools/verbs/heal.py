@@ -22,11 +22,11 @@ import torch
 from qlora_tools.engine.plan import Source
 from qlora_tools.errors import UnsupportedError, UsageError
 from qlora_tools.live.base import Base, load_base
-from qlora_tools.live.self_text import self_windows, start_ids
-from qlora_tools.live.text import TextWindows, split_windows
-from qlora_tools.live.tokenizer import open_tokenizer
+from qlora_tools.live.self_text import written_by
+from qlora_tools.live.text import TextWindows, evenly
 from qlora_tools.progress import Progress
 from qlora_tools.quant.codec import Stored
+from qlora_tools.quant.floats import judging_dtype
 from qlora_tools.quant.keep_grid import grid_of, keep_grid, nearest, unrounded
 from qlora_tools.specs import TensorSpec
 from qlora_tools.stages.merge import Storing
@@ -38,7 +38,7 @@ from qlora_tools.training.lora import ADAPTER, PREFIX, lora_layers, trainable_pa
 from qlora_tools.training.merge_aware import quantize_in_forward
 from qlora_tools.training.optimizers import Masters
 from qlora_tools.verbs.calibrate import SELF, windows_for
-from qlora_tools.verbs.merge_gain import held_codec, place
+from qlora_tools.verbs.merge_gain import place
 from qlora_tools.verbs.merging import Merged, Tensors
 from qlora_tools.verbs.opening import folder_name, open_model
 
@@ -101,10 +101,10 @@ def heal(merged: Merged, storing: Storing, config: HealConfig, *, device: str, p
         raise UnsupportedError(
             f"{adapter.name}: {unfit[0] if unfit else 'no quantized weight'} cannot be healed", hint="only plain LoRA on quantized linears can"
         )
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    dtype = judging_dtype(device)
     guide = _teacher(merged, config, dtype, device, progress)
     text = _text(merged, guide, config, device, progress)
-    base = load_base(merged.checkpoint, "language", held_codec(merged.checkpoint) or storing.codec, dtype=dtype, device=device, progress=progress)
+    base = load_base(merged.checkpoint, "language", merged.checkpoint.codec or storing.codec, dtype=dtype, device=device, progress=progress)
     latent, grids = _latents(merged, storing, forms, progress)
     place(base, Tensors(latent), forms, oriented=True)
     learner = put_adapter(base, adapter, dtype)
@@ -119,7 +119,7 @@ def heal(merged: Merged, storing: Storing, config: HealConfig, *, device: str, p
         return _rounded(forms[name], grids.get(name), dense_OI) if name in forms else dense_OI
 
     quantize_in_forward(learner.model, rounded)
-    refine, chosen = config.refine_config(), torch.linspace(0, len(text.held_out_NL) - 1, min(config.held_out, len(text.held_out_NL))).round().long()
+    refine = config.refine_config()
     run = Run(
         model=learner.model,
         masters=Masters(trainable_parameters(learner.model)),
@@ -127,7 +127,7 @@ def heal(merged: Merged, storing: Storing, config: HealConfig, *, device: str, p
         loss=DivergenceLoss(base.model, guide.model),
         config=refine.train_config(),
         steps=config.steps,
-        held_out=WindowRows(text.held_out_NL[chosen]),
+        held_out=WindowRows(evenly(text.held_out_NL, config.held_out)),
     )
     made = distill(run, progress=progress)
     layers = lora_layers(learner.model)
@@ -140,7 +140,7 @@ def heal(merged: Merged, storing: Storing, config: HealConfig, *, device: str, p
 
 def _teacher(merged: Merged, config: HealConfig, dtype: torch.dtype, device: str, progress: Progress) -> Base:
     source = open_model(config.teacher, progress) if config.teacher is not None else merged.checkpoint
-    guide = load_base(source, "language", held_codec(source), dtype=dtype, device=device, progress=progress)
+    guide = load_base(source, "language", source.codec, dtype=dtype, device=device, progress=progress)
     if config.teacher is None:
         place(guide, merged.source, merged.source.specs.keys() if merged.target == "trained" else merged.source.changed, untied=merged.source.untied)
     return guide
@@ -150,9 +150,7 @@ def _text(merged: Merged, guide: Base, config: HealConfig, device: str, progress
     if str(config.text) != SELF:
         tokens = (config.steps * config.batch + config.held_out) * config.length * 5 // 4
         return windows_for(merged.checkpoint, config.text, tokens=tokens, context=config.length, device=device, progress=progress)
-    starts = start_ids(guide.model, open_tokenizer(merged.checkpoint.folder))
-    written_NL = self_windows(guide.model, start_ids=starts, windows=config.windows, length=config.length, seed=config.seed, progress=progress)
-    return split_windows(written_NL, SELF)
+    return written_by(guide.model, merged.checkpoint.folder, windows=config.windows, length=config.length, seed=config.seed, progress=progress)
 
 
 def _latents(merged: Merged, storing: Storing, forms: Mapping[str, Stored], progress: Progress) -> tuple[dict[str, torch.Tensor], dict[str, Parts]]:

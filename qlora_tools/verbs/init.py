@@ -107,12 +107,8 @@ def _write(
     progress: Progress,
 ) -> list[Started]:
     with output_folder(dest, force=force, inputs=[model.folder]) as folder:
-        writer = SafetensorsWriter(folder / WEIGHTS, start.plan.outputs)
-        try:
+        with SafetensorsWriter(folder / WEIGHTS, start.plan.outputs) as writer:
             reports: list[Started] = run(start.plan, sources, writer, device=resolve_device(device), title=f"init {config.method}", progress=progress)
-            writer.close()
-        finally:
-            writer.abort()
         write_config(folder, start.config)
         command = {"verb": "init", "method": config.method, "rank": config.rank, "alpha": start.config["lora_alpha"], "base_format": scheme}
         # a PiSSA adapter is for the residual base, whose bytes are not these

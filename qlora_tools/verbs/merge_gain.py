@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from qlora_tools.checkpoint.logical import LogicalCheckpoint, open_checkpoint
+from qlora_tools.checkpoint.logical import open_checkpoint
 from qlora_tools.engine.plan import Source
 from qlora_tools.live.base import Base, load_base
 from qlora_tools.live.frozen import FrozenConv1D, FrozenConv2d, FrozenLinear, StoredWeight
 from qlora_tools.progress import Progress
 from qlora_tools.quality.intervals import retention_interval
 from qlora_tools.quality.perplexity import Perplexity, perplexity
-from qlora_tools.quant.codec import Codec
+from qlora_tools.quant.floats import judging_dtype
 from qlora_tools.specs import spec_of
 from qlora_tools.verbs.evaluate import read_text
 from qlora_tools.verbs.merging import Merged, open_merged
@@ -60,22 +60,22 @@ def gain_kept(
         UsageError: too short a text. MissingError: no tokenizer beside the base.
     """
     reading = read_text(merged.checkpoint.folder, Path(text), tokens=TOKENS, context=CONTEXT)
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    dtype = judging_dtype(device)
 
     def judge(base: Base, title: str) -> Perplexity:
         return perplexity(_logits(base.model, device), reading.windows, progress=progress, title=title)
 
-    codec = held_codec(merged.checkpoint) or merged.simulated
+    codec = merged.checkpoint.codec or merged.simulated
     model = load_base(merged.checkpoint, "language", codec, dtype=dtype, device=device, progress=progress)
     base = judge(model, "eval base")
     place(model, merged.source, merged.source.changed, untied=merged.source.untied)
     unmerged = judge(model, "eval unmerged")
     result = open_checkpoint(stored)
-    model = load_base(result, "language", held_codec(result), dtype=dtype, device=device, progress=progress)
+    model = load_base(result, "language", result.codec, dtype=dtype, device=device, progress=progress)
     found = judge(model, "eval merged")
     sidewise = None
     if branch is not None:
-        beside = open_merged(stored, [(branch, 1.0)], None, held_codec(result) or codec, progress)  # type: ignore[arg-type]
+        beside = open_merged(stored, [(branch, 1.0)], None, result.codec or codec, progress)  # type: ignore[arg-type]
         place(model, beside.source, beside.source.changed)
         sidewise = judge(model, "eval with branch")
     kept, interval = _kept(base, unmerged, found)
@@ -96,11 +96,6 @@ def _kept(base: Perplexity, unmerged: Perplexity, found: Perplexity) -> tuple[fl
         return None, None
     interval = retention_interval(base.nll, unmerged.nll, found.nll)
     return interval.value, None if interval.low is None or interval.high is None else (interval.low, interval.high)
-
-
-def held_codec(checkpoint: LogicalCheckpoint) -> Codec | None:
-    """The codec that a checkpoint's quantized weights are in."""
-    return next((item.codec for item in checkpoint.quantized.values()), None)
 
 
 def _logits(model: Any, device: str) -> Callable[[np.ndarray[Any, Any]], Any]:

@@ -13,6 +13,7 @@ from qlora_tools.errors import IncompatibleError, UnsupportedError, UsageError
 from qlora_tools.names import slug
 from qlora_tools.progress import SILENT, Progress
 from qlora_tools.quant.codec import Codec
+from qlora_tools.quant.int4 import Int4
 from qlora_tools.quant.int8 import Int8
 from qlora_tools.quant.nf4 import NF4
 from qlora_tools.quant.search import POSITIVE
@@ -40,6 +41,13 @@ def codec_for(scheme: str, *, block_size: int = 64, double_quant: bool = True, s
     if scheme == "int8":
         return Int8()
     raise UsageError(f"no scheme is called {scheme!r}", hint=f"choose one of {', '.join(SCHEMES)}")
+
+
+def base_codec(base_format: str | None, *, block_size: int | None = None, double_quant: bool = True) -> Codec | None:
+    """How a base of this format is held: ``nf4``, ``int8``, ``int4`` (an export's blocks); ``None`` for ``bf16`` or ``None``, as it is."""
+    if base_format in (None, "bf16"):
+        return None
+    return Int4() if base_format == "int4" else codec_for(str(base_format), block_size=block_size or 64, double_quant=double_quant)
 
 
 def quantize(

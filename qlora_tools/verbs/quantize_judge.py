@@ -21,6 +21,7 @@ from qlora_tools.live.base import load_base
 from qlora_tools.progress import SILENT, Progress
 from qlora_tools.quality.corpus import Window
 from qlora_tools.quality.divergence import Divergence, divergence
+from qlora_tools.quant.floats import judging_dtype
 from qlora_tools.training.allocator import available_bytes
 
 #: Name of a weight in the checkpoint -> what to put in its place, dense in the checkpoint's orientation.
@@ -37,7 +38,7 @@ class WholeModel:
     """
 
     def __init__(self, checkpoint: LogicalCheckpoint, windows_NL: torch.Tensor, *, device: str = "cpu", progress: Progress = SILENT) -> None:
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        dtype = judging_dtype(device)
         needed = int(2 * _SPARE * dtype.itemsize * sum(spec.numel for spec in checkpoint.specs.values()))
         if needed > (free := available_bytes(device)):
             raise UnsupportedError(f"judging the whole model takes about {needed >> 20} MB, {free >> 20} MB are free")

@@ -24,14 +24,12 @@ from qlora_tools.checkpoint.safetensors_file import SafetensorsFile
 from qlora_tools.checkpoint.writer import SafetensorsWriter, write_tensors
 from qlora_tools.errors import CorruptError, IncompatibleError, Interrupted, OutputExistsError, UsageError
 from qlora_tools.live.base import Base, load_base
-from qlora_tools.live.self_text import self_windows, start_ids
-from qlora_tools.live.text import HELD_OUT_EVERY, TextWindows, split_windows
-from qlora_tools.live.tokenizer import open_tokenizer
+from qlora_tools.live.self_text import written_by
+from qlora_tools.live.text import HELD_OUT_EVERY, TextWindows, evenly
 from qlora_tools.manifest import FILE_NAME, Manifest, read_manifest, sha256_file
 from qlora_tools.names import slug
 from qlora_tools.progress import SILENT, Progress
 from qlora_tools.quant.codec import Codec
-from qlora_tools.quant.int4 import Int4
 from qlora_tools.training import events
 from qlora_tools.training.allocator import Heap, peak_bytes
 from qlora_tools.training.distill import DivergenceLoss, RefineConfig, WindowRows, distill
@@ -46,9 +44,9 @@ from qlora_tools.training.state import RUN, RunIdentity, checkpoints, read_run, 
 from qlora_tools.verbs.adapter_files import adapter_path
 from qlora_tools.verbs.calibrate import SELF, windows_for
 from qlora_tools.verbs.opening import describe_input, folder_name, open_model, resolve_device
-from qlora_tools.verbs.quantize import codec_for
+from qlora_tools.verbs.quantize import base_codec
 from qlora_tools.verbs.refine_blocks import estimate_blocks_bytes, refine_blocks
-from qlora_tools.verbs.training_memory import compute_dtype, teacher_codec
+from qlora_tools.verbs.training_memory import compute_dtype
 
 _TEXT = "text.safetensors"
 _LEARN, _HELD_OUT = "learn", "held_out"
@@ -174,10 +172,8 @@ class _Task:
         """How the base is held: as it is stored, else as the config says."""
         config = self.config
         if self.base.quantized:
-            return teacher_codec(self.base)
-        if config.base_format == "int4":
-            return Int4()
-        return None if config.base_format == "bf16" else codec_for(config.base_format, block_size=config.block_size or 64, double_quant=config.double_quant)
+            return self.base.codec
+        return base_codec(config.base_format, block_size=config.block_size, double_quant=config.double_quant)
 
     def estimate_bytes(self) -> int:
         """Peak memory, from headers: the same adapter, teacher, loss and batch as the run's on tensors without content."""
@@ -189,7 +185,7 @@ class _Task:
             ranks = ranks_in(self.adapter, model)
             adapted = inject(model, ranks, replace(chosen, rank=max(ranks.values())), "CAUSAL_LM", dtype=dtype)
             fuse(adapted)
-            guide = empty_base(self.teacher, "language", teacher_codec(self.teacher), dtype)
+            guide = empty_base(self.teacher, "language", self.teacher.codec, dtype)
             return Subject(adapted, DivergenceLoss(model, guide, temperature=config.temperature), (guide,))
 
         batch = WindowRows(torch.zeros(1, config.length, dtype=torch.int64)).batch([0] * config.batch)
@@ -233,7 +229,7 @@ def _as_started(output: Path) -> tuple[str, str, str, RefineConfig]:
 def _refine(task: _Task, resume: bool, estimate_bytes: int, words: Mapping[str, str], listen: events.Listener, progress: Progress) -> RefineReport:
     folder, heap = run_folder(task.dest), Heap(task.device)
     options: Any = {"dtype": task.dtype, "device": task.device, "tidy": heap.give_back, "progress": progress}
-    guide = load_base(task.teacher, "language", teacher_codec(task.teacher), **options)
+    guide = load_base(task.teacher, "language", task.teacher.codec, **options)
     text = _load_text(folder) if resume else _text(task, guide, progress)
     base = load_base(task.base, "language", task.codec(), **options)
     learner = put_adapter(base, task.adapter, task.dtype)
@@ -290,7 +286,6 @@ def _refine_by_block(task: _Task, estimate_bytes: int, progress: Progress) -> Re
 
 def _run(task: _Task, base: Base, learner: Learner, guide: Base, text: TextWindows, folder: Path, listen: events.Listener, heap: Heap) -> Run:
     config = task.config
-    chosen = torch.linspace(0, len(text.held_out_NL) - 1, min(config.held_out, len(text.held_out_NL))).round().long()
     return Run(
         model=learner.model,
         masters=Masters(trainable_parameters(learner.model)),
@@ -299,7 +294,7 @@ def _run(task: _Task, base: Base, learner: Learner, guide: Base, text: TextWindo
         config=config.train_config(),
         steps=config.steps,
         folder=folder,
-        held_out=WindowRows(text.held_out_NL[chosen]),
+        held_out=WindowRows(evenly(text.held_out_NL, config.held_out)),
         listen=listen,
         peak_bytes=lambda: peak_bytes(task.device),
         tidy=heap.give_back,
@@ -322,11 +317,8 @@ def _text(task: _Task, guide: Base | None, progress: Progress) -> TextWindows:
         wanted = (config.steps * config.batch + config.held_out) * HELD_OUT_EVERY // (HELD_OUT_EVERY - 1) + 1
         return windows_for(task.teacher, config.text, tokens=wanted * config.length, context=config.length, progress=progress)
     assert guide is not None, "a config by block has no text of its own"
-    starts = start_ids(guide.model, open_tokenizer(task.teacher.folder))
-    written_NL = self_windows(
-        guide.model, start_ids=starts, windows=config.windows, length=config.length, seed=config.seed, temperature=config.text_temperature, progress=progress
-    )
-    return split_windows(written_NL, SELF)
+    sampling: Any = {"windows": config.windows, "length": config.length, "seed": config.seed, "temperature": config.text_temperature}
+    return written_by(guide.model, task.teacher.folder, **sampling, progress=progress)
 
 
 def _save_text(folder: Path, text: TextWindows) -> None:
@@ -356,14 +348,9 @@ def _write(task: _Task, learnt: Mapping[str, torch.Tensor], report: RefineReport
         for path in sorted(task.folder.iterdir()):
             if path.is_file() and path.name not in (WEIGHTS, FILE_NAME):
                 shutil.copyfile(path, partial / path.name)
-        with SafetensorsFile(task.folder / WEIGHTS) as file:
-            writer = SafetensorsWriter(partial / WEIGHTS, file.specs.values(), metadata=file.metadata)
-            try:
-                for key in file.specs:
-                    writer.write(key, learnt[key].view(file.specs[key].shape).contiguous() if key in learnt else file.read(key))
-                writer.close()
-            finally:
-                writer.abort()
+        with SafetensorsFile(task.folder / WEIGHTS) as file, SafetensorsWriter(partial / WEIGHTS, file.specs.values(), metadata=file.metadata) as writer:
+            for key in file.specs:
+                writer.write(key, learnt[key].view(file.specs[key].shape).contiguous() if key in learnt else file.read(key))
         seal(partial, _manifest(task, report, text))
 
 

@@ -14,11 +14,11 @@ import torch
 
 from qlora_tools.adapters.adapter import Adapter
 from qlora_tools.checkpoint.logical import LogicalCheckpoint
-from qlora_tools.errors import QltError, UnsupportedError
+from qlora_tools.errors import UnsupportedError
 from qlora_tools.live.base import build_empty
 from qlora_tools.live.parking import BUDGET_BYTES, Parking
 from qlora_tools.live.text import TextWindows
-from qlora_tools.live.weights import Weights, stops_of
+from qlora_tools.live.weights import Weights, reaches_outside, stops_of
 from qlora_tools.progress import Progress
 from qlora_tools.quant.codec import Codec
 from qlora_tools.training.allocator import resident_bytes
@@ -56,7 +56,7 @@ def refine_blocks(
     try:
         made = distill_blocks(guide, student, text, config, Parking(spill), tidy=tidy, progress=progress)
     except (RuntimeError, NotImplementedError) as error:
-        if isinstance(error, QltError) or "meta" not in str(error):
+        if not reaches_outside(error):
             raise
         raise UnsupportedError(f"{base.folder.name} reaches into its blocks from outside", hint="leave out --by-block") from error
     learnt: dict[str, torch.Tensor] = {}

@@ -17,7 +17,7 @@ from qlora_tools.training.fused import fuse
 from qlora_tools.training.lora import inject
 from qlora_tools.training.loss import LanguageLoss, label_loss
 from qlora_tools.training.merge_aware import Rounding, quantize_in_forward, round_trip
-from qlora_tools.verbs.quantize import codec_for
+from qlora_tools.verbs.quantize import base_codec
 from qlora_tools.verbs.training_data import Data
 
 TASK_TYPES = {"language": "CAUSAL_LM", "classification": "SEQ_CLS", "image": None}
@@ -30,7 +30,7 @@ def codec_of(config: TrainConfig) -> Codec | None:
 
 def quantizer_of(config: TrainConfig) -> Codec | None:
     """The format that the config names."""
-    return None if config.base_format == "bf16" else codec_for(config.base_format, block_size=config.block_size, double_quant=config.double_quant)
+    return base_codec(config.base_format, block_size=config.block_size, double_quant=config.double_quant)
 
 
 def settle_forward(model: Any, config: TrainConfig, rounding: Rounding | None = None) -> None:
@@ -70,7 +70,7 @@ def adapter_of(
             return Subject(adapted, label_loss)
         if teacher is None:
             return Subject(adapted, LanguageLoss(model))
-        guide = empty_base(teacher, "language", teacher_codec(teacher), dtype)
+        guide = empty_base(teacher, "language", teacher.codec, dtype)
         loss = LanguageLoss(model, teacher=guide, teacher_weight=chosen.teacher_weight, temperature=chosen.temperature)
         return Subject(adapted, loss, (guide,))
 
@@ -85,8 +85,3 @@ def estimate_run(
     adapt = adapter_of(checkpoint, made, ranks, dtype, teacher)
     batch = made.rows.batch([made.rows.longest()] * config.batch)
     return estimator(checkpoint, made.task, batch, config, adapt=adapt, codec_of=codec_of, dtype=dtype, device=device, labels=made.labels).estimate()
-
-
-def teacher_codec(teacher: LogicalCheckpoint) -> Codec | None:
-    """A teacher stays in the form that it is stored in."""
-    return next((item.codec for item in teacher.quantized.values()), None)

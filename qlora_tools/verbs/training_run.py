@@ -36,7 +36,7 @@ from qlora_tools.training.state import RunIdentity, seed_everything
 from qlora_tools.training.world import World
 from qlora_tools.verbs.opening import folder_name
 from qlora_tools.verbs.training_data import Data
-from qlora_tools.verbs.training_memory import TASK_TYPES, codec_of, compute_dtype, estimate_run, heads_of, settle_forward, teacher_codec
+from qlora_tools.verbs.training_memory import TASK_TYPES, codec_of, compute_dtype, estimate_run, heads_of, settle_forward
 from qlora_tools.verbs.training_start import Start
 from qlora_tools.verbs.training_time import seconds_per_step
 
@@ -310,7 +310,7 @@ def _loss(
     """(the loss, the hash of the teacher that it follows)."""
     if task != "language" or teacher is None:
         return _task_loss(base.model, task), None
-    guide = load_base(teacher, "language", teacher_codec(teacher), dtype=dtype, device=device, progress=progress)
+    guide = load_base(teacher, "language", teacher.codec, dtype=dtype, device=device, progress=progress)
     return LanguageLoss(base.model, teacher=guide.model, teacher_weight=config.teacher_weight, temperature=config.temperature), guide.identity
 
 
