@@ -139,6 +139,12 @@ class _Frozen:
         self._parameters["bias"] = None if bias is None else nn.Parameter(bias, requires_grad=False)  # type: ignore[attr-defined]
         self.stored, self.offset = stored, None
 
+    def hold_dense(self, weight: torch.Tensor) -> None:
+        """Take another weight in the place of the stored one, dense, [O, I, ...] whatever the class's own orientation."""
+        spec = self.stored.spec
+        assert tuple(weight.shape) == spec.shape, f"{spec} was given {list(weight.shape)}"
+        self.stored = StoredWeight(None, spec, {spec.name: weight.to(self.stored.device, spec.torch_dtype).contiguous()})
+
     @property
     def codec_name(self) -> str:
         """``nf4``, ``int8``, or ``dense``."""

@@ -20,10 +20,9 @@ from torch import nn
 from qlora_tools.adapters.adapter import Adapter, BiasDelta, Delta, Part
 from qlora_tools.adapters.merged import MergedSource, base_fingerprint
 from qlora_tools.errors import UnsupportedError
-from qlora_tools.live.base import Base
-from qlora_tools.live.frozen import FrozenConv1D, FrozenConv2d, FrozenLinear, StoredWeight
+from qlora_tools.live.base import Base, stored_orientation
+from qlora_tools.live.frozen import FrozenConv1D, FrozenConv2d, FrozenLinear
 from qlora_tools.names import split_tensor
-from qlora_tools.specs import spec_of
 from qlora_tools.training.config import TrainConfig
 from qlora_tools.training.lora import ADAPTER, PREFIX, adaptable, inject, lora_layers
 
@@ -107,8 +106,7 @@ def _place_the_rest(base: Base, adapter: Adapter, paths: Mapping[str, str], bias
 def _replace(module: nn.Module, leaf: str, value: torch.Tensor) -> None:
     """``value`` as a tensor of this module alone: whoever shared the old one keeps it."""
     if leaf == "weight" and isinstance(module, FrozenLinear | FrozenConv1D | FrozenConv2d):
-        dense = value.to(module.stored.spec.torch_dtype)
-        module.stored = StoredWeight(None, spec_of(module.stored.spec.name, dense), {module.stored.spec.name: dense}).to(module.stored.device)
+        module.hold_dense(stored_orientation(module, value))
         return
     old: Any = getattr(module, leaf)
     module._parameters[leaf] = nn.Parameter(value.to(old.device, old.dtype), requires_grad=False)

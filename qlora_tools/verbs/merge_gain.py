@@ -18,12 +18,11 @@ from torch import nn
 from qlora_tools.checkpoint.logical import open_checkpoint
 from qlora_tools.engine.plan import Source
 from qlora_tools.live.base import Base, load_base
-from qlora_tools.live.frozen import FrozenConv1D, FrozenConv2d, FrozenLinear, StoredWeight
+from qlora_tools.live.frozen import FrozenConv1D, FrozenConv2d, FrozenLinear
 from qlora_tools.progress import Progress
 from qlora_tools.quality.intervals import retention_interval
 from qlora_tools.quality.perplexity import Perplexity, perplexity
 from qlora_tools.quant.floats import judging_dtype
-from qlora_tools.specs import spec_of
 from qlora_tools.verbs.evaluate import read_text
 from qlora_tools.verbs.merging import Merged, open_merged
 
@@ -125,9 +124,7 @@ def place(base: Base, source: Source, names: Collection[str], untied: Collection
 def _put(module: nn.Module, leaf: str, value: torch.Tensor, *, turn: bool = False, alone: bool = False) -> None:
     """``value`` as a tensor of ``module``; modules that share it follow unless ``alone``."""
     if leaf == "weight" and isinstance(module, FrozenLinear | FrozenConv1D | FrozenConv2d):
-        old = module.stored
-        dense = (value.T if turn else value).to(old.spec.torch_dtype).contiguous()
-        module.stored = StoredWeight(None, spec_of(old.spec.name, dense), {old.spec.name: dense}).to(old.device)
+        module.hold_dense(value.T if turn else value)
         return
     parameter: Any = getattr(module, leaf)
     fresh = value.to(parameter.device, parameter.dtype)

@@ -218,3 +218,14 @@ def test_a_gpu_decodes_the_same_weight(codec: str, inputs: int) -> None:
     x = drawn(4, inputs).bfloat16().cuda().requires_grad_()
     layer(x).sum().backward()
     assert x.grad is not None and x.grad.is_cuda
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_another_weight_takes_the_place_of_the_stored_one(kind):
+    old = torch.randn(64, 128)
+    stored = StoredWeight(NF4(), spec_of("w", old), NF4().encode(spec_of("w", old), old))
+    layer = freeze_layer(nn.Linear(128, 64, bias=False) if kind is nn.Linear else Conv1D(64, 128), stored, None)
+    new = torch.randn(64, 128)
+    layer.hold_dense(new)
+    assert torch.equal(layer.weight, new if kind is nn.Linear else new.T)
+    assert layer.codec_name == "dense"
