@@ -34,11 +34,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from measured import write_result
 
+from qlora_tools.export.decoder.graph import DATA_FILE
+from qlora_tools.export.dialects.contrib import Contrib
 from qlora_tools.export.external import ExternalWriter
 from qlora_tools.export.formats.blocks import Blocks
 from qlora_tools.export.formats.dense import Dense
 from qlora_tools.export.formats.digits import Digits
-from qlora_tools.export.graph import DATA_FILE, IR_VERSION, OPSET
 from qlora_tools.export.nodes import CONTRIB, Nodes
 
 SHAPES = [(384, 640), (384, 2048), (1024, 384), (1024, 1024), (1024, 2048), (1024, 2816), (2816, 1024), (3072, 3072)]
@@ -100,8 +101,8 @@ def build(folder: Path, name: str, w_OI: torch.Tensor, threads: int) -> ort.Infe
     x = ir.Value(name="x", shape=ir.Shape(("T", columns)), type=ir.TensorType(ir.DataType.FLOAT))
     y = form.multiply(nodes, x, "w", rows, columns) if form else BY_HAND[name](nodes, x, w_OI)
     y.shape, y.type = ir.Shape(("T", rows)), ir.TensorType(ir.DataType.FLOAT)
-    graph = ir.Graph([x], [y], nodes=nodes.nodes, initializers=nodes.initializers, opset_imports={"": OPSET, CONTRIB: 1}, name="one")
-    ir.save(ir.Model(graph, ir_version=IR_VERSION), folder / "one.onnx")
+    graph = ir.Graph([x], [y], nodes=nodes.nodes, initializers=nodes.initializers, opset_imports={"": Contrib.opset, CONTRIB: 1}, name="one")
+    ir.save(ir.Model(graph, ir_version=Contrib.ir_version), folder / "one.onnx")
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     return ort.InferenceSession(folder / "one.onnx", options, providers=["CPUExecutionProvider"])

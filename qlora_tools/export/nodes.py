@@ -13,16 +13,18 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from qlora_tools.export.target import CPU, Target
 from qlora_tools.specs import TensorSpec, dtype
 
 CONTRIB = "com.microsoft"
 
 
 class Nodes:
-    """Collects nodes and initializers. ``location`` and ``offsets`` say where a planned tensor's bytes will lie."""
+    """Collects nodes and initializers. ``location`` and ``offsets`` say where a planned tensor's bytes will lie; ``target`` what the graph is for."""
 
-    def __init__(self, specs: Mapping[str, TensorSpec], offsets: Mapping[str, int], location: str) -> None:
+    def __init__(self, specs: Mapping[str, TensorSpec], offsets: Mapping[str, int], location: str, target: Target = CPU) -> None:
         self._specs, self._offsets, self._location = specs, offsets, location
+        self.target = target
         self._scope: list[str] = []
         self._constants: dict[tuple[str, bytes, tuple[int, ...]], ir.Value] = {}
         self._stored: dict[str, ir.Value] = {}
@@ -87,6 +89,10 @@ class Nodes:
                 name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.from_numpy(array.dtype)), const_value=ir.tensor(array, name=name)
             )
         return self._constants[key]
+
+    def number(self, value: float) -> ir.Value:
+        """A scalar constant in the dtype the graph computes in."""
+        return self.constant(value, self.target.float_type.numpy())
 
     def once(self, what: str, value: ir.Value, make: Any) -> tuple[ir.Value, ...]:
         """``make()`` the first time, the same values afterwards: work on ``value`` that several consumers share."""

@@ -17,9 +17,9 @@ from qlora_tools.export.formats.blocks import Blocks
 from qlora_tools.export.formats.dense import Dense
 from qlora_tools.export.formats.digits import Digits
 from qlora_tools.export.formats.format import WeightFormat
+from qlora_tools.export.target import CPU, Target
 
 NAMES = ("fp32", "int8", "int4", "nf4")
-PROVIDERS = ("cpu",)
 #: Below this many weights the single MatMulNBits node decodes faster than the two-digit group of nodes.
 SMALL = 1 << 18
 
@@ -60,14 +60,14 @@ class Scheme:
         return Dense(stored=dtype if dtype in ("BF16", "F16") else "F32")
 
 
-def scheme_of(name: str, provider: str = "cpu") -> Scheme:
-    """The scheme ``name`` for an execution provider.
+def scheme_of(name: str, target: Target = CPU) -> Scheme:
+    """The scheme ``name`` in graphs for ``target``.
 
     Raises:
-        UnsupportedError: no such scheme, or a provider without graphs yet.
+        UnsupportedError: no such scheme, or a target without graphs yet.
     """
-    if provider not in PROVIDERS:
-        raise UnsupportedError(f"no export for provider `{provider}` yet", hint=f"providers: {', '.join(PROVIDERS)}")
+    if target.provider != "cpu":
+        raise UnsupportedError(f"no export for provider `{target.provider}` yet", hint="providers: cpu")
     if name not in NAMES:
         raise UnsupportedError(f"no scheme `{name}`", hint=f"schemes: {', '.join(NAMES)}")
     if name == "nf4":

@@ -14,8 +14,9 @@ from qlora_tools.checkpoint.logical import LogicalCheckpoint
 from qlora_tools.checkpoint.statistics import Statistics
 from qlora_tools.engine.plan import Source
 from qlora_tools.errors import UsageError
-from qlora_tools.export.decoder_export import DecoderExport, plan_export, write_graph
-from qlora_tools.export.genai import write_genai_config
+from qlora_tools.export.decoder.export import DecoderExport, plan_export, write_graph
+from qlora_tools.export.decoder.genai import write_genai_config
+from qlora_tools.export.target import COMPUTE, CPU, Target
 from qlora_tools.manifest import Manifest, canonical_json
 from qlora_tools.names import slug
 from qlora_tools.progress import SILENT, Progress
@@ -25,7 +26,7 @@ from qlora_tools.verbs.quantize import codec_for
 
 if TYPE_CHECKING:
     from qlora_tools.export.calibrated import Gain
-    from qlora_tools.export.parity import Parity
+    from qlora_tools.export.decoder.parity import Parity
 
 SCHEMES = ("fp32", "int8", "int4", "nf4")
 
@@ -91,22 +92,22 @@ def export(
     drawn = _open(model, base, adapters, target, progress)
     dest = output or Path("exports") / slug(f"{drawn.name.replace('+', '-')}-{scheme}")
     check_output(dest, force=force, inputs=drawn.folders)
-    provider = _provider(device)
-    planned = plan_export(drawn.source, drawn.config, scheme, provider)
+    drawn_for = _target(device)
+    planned = plan_export(drawn.source, drawn.config, scheme, drawn_for)
     if calib is not None and planned.scheme.carried == "fp32":
         raise UsageError("fp32 weights are not rounded, so there is nothing to calibrate", hint="leave --calib out, or export with --int4 or --int8")
     parity, calibration = None, None
     if not dry_run:
         with _statistics(drawn.checkpoint, calib, dest, progress) as statistics:
             if statistics is not None:
-                planned = plan_export(drawn.source, drawn.config, scheme, provider, statistics)
+                planned = plan_export(drawn.source, drawn.config, scheme, drawn_for, statistics)
             with output_folder(dest, force=force, inputs=drawn.folders) as folder:
                 calibration = _write(planned, drawn, folder, progress)
                 if verify:
-                    from qlora_tools.export.parity import check_parity  # brings ONNX Runtime with it
+                    from qlora_tools.export.decoder.parity import check_parity  # brings ONNX Runtime with it
 
                     parity = check_parity(planned, drawn.source, drawn.config, folder, progress=progress)
-                command = {"verb": "export", "scheme": scheme, "carried": planned.scheme.carried, "device": provider, "merged": len(adapters)}
+                command = {"verb": "export", "scheme": scheme, "carried": planned.scheme.carried, "device": drawn_for.provider, "merged": len(adapters)}
                 report: dict[str, Any] = {"parity": asdict(parity) if parity else None}
                 if statistics is not None and calibration is not None:
                     origin = statistics.origin
@@ -117,7 +118,7 @@ def export(
         scheme=scheme,
         carried=planned.scheme.carried,
         note=planned.scheme.note,
-        device=provider,
+        device=drawn_for.provider,
         dry_run=dry_run,
         file_bytes=planned.file_bytes,
         parity=parity,
@@ -166,6 +167,6 @@ def _open(model: str | Path | None, base: str | Path | None, adapters: Sequence[
     )
 
 
-def _provider(device: str) -> str:
-    """``cpu`` or ``cuda``; ``auto`` is the CPU, whose graphs run everywhere."""
-    return "cpu" if device == "auto" else device
+def _target(device: str) -> Target:
+    """``auto`` is the CPU, whose graphs run everywhere."""
+    return CPU if device == "auto" else Target(device, COMPUTE.get(device, ("F32",))[0])

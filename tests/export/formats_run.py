@@ -5,8 +5,9 @@ import onnx_ir as ir
 import onnxruntime as ort
 import torch
 
+from qlora_tools.export.decoder.graph import DATA_FILE
+from qlora_tools.export.dialects.contrib import Contrib
 from qlora_tools.export.external import ExternalWriter
-from qlora_tools.export.graph import DATA_FILE, IR_VERSION, OPSET
 from qlora_tools.export.nodes import CONTRIB, Nodes
 
 
@@ -29,8 +30,8 @@ def run_format(folder, form, w_OI: torch.Tensor, *, x_TI=None, ids_T=None, bias_
         given = ir.Value(name="x", shape=ir.Shape(("T",)), type=ir.TensorType(ir.DataType.INT64))
         result = form.gather(nodes, given, "w", columns)
     result.shape, result.type = ir.Shape(("T", None)), ir.TensorType(ir.DataType.FLOAT)
-    graph = ir.Graph([given], [result], nodes=nodes.nodes, initializers=nodes.initializers, opset_imports={"": OPSET, CONTRIB: 1}, name="one")
-    ir.save(ir.Model(graph, ir_version=IR_VERSION), folder / "one.onnx")
+    graph = ir.Graph([given], [result], nodes=nodes.nodes, initializers=nodes.initializers, opset_imports={"": Contrib.opset, CONTRIB: 1}, name="one")
+    ir.save(ir.Model(graph, ir_version=Contrib.ir_version), folder / "one.onnx")
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3
     session = ort.InferenceSession(folder / "one.onnx", options, providers=["CPUExecutionProvider"])

@@ -7,12 +7,12 @@ import torch
 from qlora_tools.engine import plan as plans
 from qlora_tools.errors import IncompatibleError, NonFiniteError
 from qlora_tools.export.calibrated import Choice, Factors, encode_calibrated, gain_of, row_errors
-from qlora_tools.export.decoder_export import plan_export, write_graph
+from qlora_tools.export.decoder.export import plan_export, write_graph
+from qlora_tools.export.decoder.parity import check_parity
 from qlora_tools.export.formats.blocks import Blocks
 from qlora_tools.export.formats.dense import Dense
 from qlora_tools.export.formats.digits import Digits
 from qlora_tools.export.formats.format import Moments
-from qlora_tools.export.parity import check_parity
 from qlora_tools.quant.gptq import feedback, output_error
 from tests.export.formats_run import run_format
 from tests.export.tiny_decoders import MemorySource, build

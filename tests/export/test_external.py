@@ -6,8 +6,9 @@ import onnxruntime as ort
 import pytest
 import torch
 
+from qlora_tools.export.decoder.graph import DATA_FILE
+from qlora_tools.export.dialects.contrib import Contrib
 from qlora_tools.export.external import ExternalWriter, place
-from qlora_tools.export.graph import DATA_FILE, IR_VERSION, OPSET
 from qlora_tools.export.nodes import CONTRIB, Nodes
 from qlora_tools.specs import TensorSpec
 
@@ -63,7 +64,7 @@ def test_onnxruntime_reads_weights_beyond_four_gibibytes(tmp_path):
     ids = ir.Value(name="ids", shape=ir.Shape(("T",)), type=ir.TensorType(ir.DataType.INT64))
     rows = nodes.op("Gather", nodes.stored("w"), ids, axis=0, outputs=["rows"])
     rows.shape, rows.type = ir.Shape(("T", 3)), ir.TensorType(ir.DataType.FLOAT)
-    graph = ir.Graph([ids], [rows], nodes=nodes.nodes, initializers=nodes.initializers, opset_imports={"": OPSET, CONTRIB: 1}, name="far")
-    ir.save(ir.Model(graph, ir_version=IR_VERSION), tmp_path / "far.onnx")
+    graph = ir.Graph([ids], [rows], nodes=nodes.nodes, initializers=nodes.initializers, opset_imports={"": Contrib.opset, CONTRIB: 1}, name="far")
+    ir.save(ir.Model(graph, ir_version=Contrib.ir_version), tmp_path / "far.onnx")
     session = ort.InferenceSession(tmp_path / "far.onnx", providers=["CPUExecutionProvider"])
     assert session.run(None, {"ids": np.array([1])})[0].tolist() == [[3, 4, 5]]

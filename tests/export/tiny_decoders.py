@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from qlora_tools.export.decoder_export import plan_export, write_graph
-from qlora_tools.export.genai import write_genai_config
+from qlora_tools.export.decoder.export import plan_export, write_graph
+from qlora_tools.export.decoder.genai import write_genai_config
 from qlora_tools.specs import spec_of
 
 SIZES = {

@@ -115,7 +115,7 @@ def test_the_same_input_gives_the_same_bytes(qlt, here, llama):
 
 
 def test_a_failed_parity_check_leaves_nothing(qlt, here, llama, monkeypatch):
-    from qlora_tools.export import parity
+    from qlora_tools.export.decoder import parity
 
     monkeypatch.setitem(parity.BOUNDS, "fp32", parity.Bound(1e-12, 1e-12))
     done = qlt("export", llama, "--fp32")

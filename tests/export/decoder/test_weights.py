@@ -5,7 +5,7 @@ import torch
 
 from qlora_tools.engine import plan as plans
 from qlora_tools.errors import NonFiniteError
-from qlora_tools.export.decoder_export import plan_export, write_graph
+from qlora_tools.export.decoder.export import plan_export, write_graph
 from qlora_tools.export.external import place
 from qlora_tools.finite import is_finite
 from tests.export.tiny_decoders import build

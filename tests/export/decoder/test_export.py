@@ -9,8 +9,9 @@ import torch
 
 from qlora_tools.checkpoint.folder import output_folder
 from qlora_tools.errors import IncompatibleError, MissingError, NonFiniteError, UnsupportedError
-from qlora_tools.export.decoder_export import plan_export, write_graph
+from qlora_tools.export.decoder.export import plan_export, write_graph
 from qlora_tools.export.runtime import DecoderSession
+from qlora_tools.export.target import Target
 from tests.export.tiny_decoders import build, carry, export, relative_error, tokens
 
 MODELS = {
@@ -190,7 +191,7 @@ def test_unknown_schemes_and_providers_are_refused():
     with pytest.raises(UnsupportedError, match="no scheme `int2`"):
         plan_export(tiny.source, tiny.config, "int2")
     with pytest.raises(UnsupportedError, match="provider `cuda`"):
-        plan_export(tiny.source, tiny.config, "int8", "cuda")
+        plan_export(tiny.source, tiny.config, "int8", Target("cuda", "F16"))
 
 
 def test_a_head_size_that_the_attention_operator_does_not_take_is_refused():

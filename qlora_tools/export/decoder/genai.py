@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_tools.export.decoder_export import MODEL_FILE, DecoderExport
+from qlora_tools.export.decoder.export import MODEL_FILE, DecoderExport
 from qlora_tools.manifest import canonical_json
 
 FILE_NAME = "genai_config.json"

@@ -17,11 +17,12 @@ from qlora_tools.engine.plan import Plan, Source
 from qlora_tools.engine.run import run
 from qlora_tools.errors import IncompatibleError, UnsupportedError
 from qlora_tools.export.calibrated import Choice, Gain, gain_of
+from qlora_tools.export.decoder.graph import DATA_FILE, build_graph
+from qlora_tools.export.decoder.layout import Layout, layout_of
+from qlora_tools.export.decoder.weights import MODEL, STATISTICS, check_tensors, plan_weights
 from qlora_tools.export.external import ExternalWriter, place
-from qlora_tools.export.graph import DATA_FILE, build_graph
-from qlora_tools.export.layout import Layout, layout_of
 from qlora_tools.export.schemes import Scheme, scheme_of
-from qlora_tools.export.weights import MODEL, STATISTICS, check_tensors, plan_weights
+from qlora_tools.export.target import CPU, Target
 from qlora_tools.models.decoder import Decoder, decoder_of
 from qlora_tools.progress import SILENT, Progress
 
@@ -39,6 +40,7 @@ class DecoderExport:
     table_dtype: str
     layout: Layout
     plan: Plan
+    target: Target = CPU
     statistics: Statistics | None = None
 
     @property
@@ -46,7 +48,7 @@ class DecoderExport:
         return place(self.plan.outputs)[1]
 
 
-def plan_export(source: Source, config: Mapping[str, Any], scheme: str, provider: str = "cpu", statistics: Statistics | None = None) -> DecoderExport:
+def plan_export(source: Source, config: Mapping[str, Any], scheme: str, target: Target = CPU, statistics: Statistics | None = None) -> DecoderExport:
     """Everything that can be known from headers and config.json. With ``statistics``, weights are encoded for the inputs they describe.
 
     Raises:
@@ -60,14 +62,14 @@ def plan_export(source: Source, config: Mapping[str, Any], scheme: str, provider
         raise UnsupportedError(
             f"heads of {decoder.head_size} cannot be exported", hint=f"ONNX Runtime's attention operator takes multiples of {HEAD_SIZE_STEP}"
         )
-    chosen = scheme_of(scheme, provider)
+    chosen = scheme_of(scheme, target)
     check_tensors(source, decoder)
     table_dtype = source.specs[f"{decoder.module('embedding')}.weight"].dtype
-    layout = layout_of(decoder, chosen, table_dtype)
+    layout = layout_of(decoder, chosen, table_dtype, target)
     plan = plan_weights(source, decoder, layout, statistics)
     if statistics is not None and not any(read.source == STATISTICS for unit in plan.units for read in unit.reads):
         raise IncompatibleError(f"{statistics.path} describes no layer of this model", hint="run `qlt calibrate` on it")
-    return DecoderExport(decoder, chosen, table_dtype, layout, plan, statistics)
+    return DecoderExport(decoder, chosen, table_dtype, layout, plan, target, statistics)
 
 
 def write_graph(export: DecoderExport, source: Source, folder: Path, progress: Progress = SILENT) -> Gain | None:
@@ -77,7 +79,7 @@ def write_graph(export: DecoderExport, source: Source, folder: Path, progress: P
         NonFiniteError: a weight holds NaN or infinity. StorageError: no room.
     """
     specs = {spec.name: spec for spec in export.plan.outputs}
-    model = build_graph(export.decoder, export.layout, specs, place(export.plan.outputs)[0])
+    model = build_graph(export.decoder, export.layout, specs, place(export.plan.outputs)[0], export.target)
     sources: dict[str, Source] = {MODEL: source}
     if export.statistics is not None:
         sources[STATISTICS] = export.statistics

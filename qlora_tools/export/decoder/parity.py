@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 
 from qlora_tools.engine.plan import Source
 from qlora_tools.errors import CheckFailed
-from qlora_tools.export.decoder_export import DecoderExport
+from qlora_tools.export.decoder.export import DecoderExport
+from qlora_tools.export.decoder.graph import DATA_FILE, build_graph
+from qlora_tools.export.decoder.layout import Layout, Matrix, layout_of
 from qlora_tools.export.external import place, read_stored
-from qlora_tools.export.graph import DATA_FILE, build_graph
-from qlora_tools.export.layout import Layout, Matrix, layout_of
 from qlora_tools.export.runtime import DecoderSession
 from qlora_tools.models.decoder import Decoder
 from qlora_tools.names import shortened
@@ -99,7 +99,7 @@ def truncated(export: DecoderExport) -> tuple[Decoder, Layout]:
     layer_bytes = 4 * sum(rows * columns for rows, columns in map(full.linear_shape, ("query", "key", "value", "output", "gate", "up", "down")))
     layers = max(1, min(full.layers, _LAYER_BYTES // layer_bytes))
     decoder = replace(full, layers=layers, vocab=min(full.vocab, _VOCAB), windows=full.windows[:layers])
-    return decoder, layout_of(decoder, export.scheme, export.table_dtype)
+    return decoder, layout_of(decoder, export.scheme, export.table_dtype, export.target)
 
 
 def relative_error(found: NDArray[Any], reference: NDArray[Any]) -> float:
@@ -119,7 +119,7 @@ def _run_graph(export: DecoderExport, decoder: Decoder, layout: Layout, folder: 
     offsets = place(export.plan.outputs)[0]
     specs = {spec.name: spec for spec in export.plan.outputs} | {spec.name: spec for matrix in layout.matrices() for spec in matrix.specs()}
     graph = folder / _GRAPH_FILE
-    ir.save(build_graph(decoder, layout, specs, offsets), graph)
+    ir.save(build_graph(decoder, layout, specs, offsets, export.target), graph)
     try:
         session = DecoderSession(folder, threads=max(1, torch.get_num_threads()), file_name=_GRAPH_FILE)
         try:

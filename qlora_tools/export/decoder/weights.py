@@ -15,13 +15,13 @@ from qlora_tools.checkpoint.statistics import HELD_OUT, INPUT, Statistics
 from qlora_tools.engine.plan import Outcome, Plan, Read, Source, Unit, Write, row_tiles, tile_label
 from qlora_tools.errors import IncompatibleError, MissingError, NonFiniteError
 from qlora_tools.export.calibrated import Choice, Factors, encode_calibrated
+from qlora_tools.export.decoder.graph import COS, SIN
+from qlora_tools.export.decoder.layout import Layout, Matrix
 from qlora_tools.export.formats.format import Moments
-from qlora_tools.export.graph import COS, SIN
-from qlora_tools.export.layout import Layout, Matrix
 from qlora_tools.finite import is_finite, refuse_non_finite
 from qlora_tools.models.decoder import Decoder
 from qlora_tools.names import nearest
-from qlora_tools.specs import TensorSpec
+from qlora_tools.specs import TensorSpec, dtype
 
 #: Names of the plan's sources; the second only with calibration.
 MODEL, STATISTICS = "model", "statistics"
@@ -35,12 +35,12 @@ def plan_weights(source: Source, decoder: Decoder, layout: Layout, statistics: S
         MissingError: the source lacks a tensor that the decoder reads. IncompatibleError: one has another shape.
     """
     check_tensors(source, decoder)
-    outputs = [TensorSpec(name, "F32", (decoder.max_positions, decoder.rope.size // 2)) for name in (COS, SIN)]
-    units = list(_rotary(decoder))
+    outputs = [TensorSpec(name, layout.compute, (decoder.max_positions, decoder.rope.size // 2)) for name in (COS, SIN)]
+    units = list(_rotary(decoder, layout.compute))
     calibration = _Calibration(statistics) if statistics is not None else None
     for name, size in layout.norms:
-        outputs.append(TensorSpec(name, "F32", (size,)))
-        units.append(Unit(name, (Read(MODEL, name),), (Write(name),), _as_float(name, name)))
+        outputs.append(TensorSpec(name, layout.compute, (size,)))
+        units.append(Unit(name, (Read(MODEL, name),), (Write(name),), _as_float(name, name, layout.compute)))
     for matrix in layout.matrices():
         outputs += matrix.specs()
         units += _matrix(matrix, calibration)
@@ -69,22 +69,26 @@ def check_tensors(source: Source, decoder: Decoder) -> None:
                 )
 
 
-def _rotary(decoder: Decoder) -> Iterator[Unit]:
+def _rotary(decoder: Decoder, compute: str) -> Iterator[Unit]:
     for start in range(0, decoder.max_positions, _ROTARY_ROWS):
         stop = min(start + _ROTARY_ROWS, decoder.max_positions)
 
         def caches(start: int = start, stop: int = stop) -> Outcome:
-            return Outcome(dict(zip((COS, SIN), decoder.rope.caches(start, stop), strict=True)))
+            cos, sin = (cache.to(dtype(compute).torch) for cache in decoder.rope.caches(start, stop))
+            return Outcome({COS: cos, SIN: sin})
 
         yield Unit(f"rotary[{start}:{stop}]", (), (Write(COS, start, stop - start), Write(SIN, start, stop - start)), caches)
 
 
-def _as_float(name: str, target: str) -> Callable[[torch.Tensor], Outcome]:
-    def widen(tensor: torch.Tensor) -> Outcome:
+def _as_float(name: str, target: str, compute: str) -> Callable[[torch.Tensor], Outcome]:
+    def convert(tensor: torch.Tensor) -> Outcome:
         refuse_non_finite(name, tensor)
-        return Outcome({target: tensor.to(torch.float32)})
+        found = tensor.to(dtype(compute).torch)
+        if not is_finite(found):
+            raise NonFiniteError(f"`{name}` overflows in {compute}", hint="export it in a wider dtype")
+        return Outcome({target: found})
 
-    return widen
+    return convert
 
 
 class _Calibration:
@@ -121,9 +125,9 @@ def _matrix(matrix: Matrix, calibration: _Calibration | None) -> Iterator[Unit]:
         if matrix.bias is not None:
             target = Write(matrix.bias, offset, rows)
             if biased:
-                yield Unit(f"{module}.bias", (Read(MODEL, f"{module}.bias"),), (target,), _as_float(f"{module}.bias", matrix.bias))
+                yield Unit(f"{module}.bias", (Read(MODEL, f"{module}.bias"),), (target,), _as_float(f"{module}.bias", matrix.bias, matrix.compute))
             else:
-                yield Unit(f"{module}.bias", (), (target,), _zeros(matrix.bias, rows))
+                yield Unit(f"{module}.bias", (), (target,), _zeros(matrix.bias, rows, matrix.compute))
         offset += rows
 
 
@@ -146,5 +150,5 @@ def _encoding(matrix: Matrix, weight: str, moments_of: Callable[..., Moments] | 
     return encode
 
 
-def _zeros(name: str, rows: int) -> Callable[[], Outcome]:
-    return lambda: Outcome({name: torch.zeros(rows)})
+def _zeros(name: str, rows: int, compute: str) -> Callable[[], Outcome]:
+    return lambda: Outcome({name: torch.zeros(rows, dtype=dtype(compute).torch)})

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from qlora_tools.errors import CheckFailed
-from qlora_tools.export import parity
+from qlora_tools.export.decoder import parity
+from qlora_tools.export.decoder.parity import check_parity, relative_error
 from qlora_tools.export.external import place
-from qlora_tools.export.parity import check_parity, relative_error
 from tests.export.tiny_decoders import build, export
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from qlora_tools.export.formats.format import WeightFormat
 from qlora_tools.export.schemes import Scheme
+from qlora_tools.export.target import CPU, Target
 from qlora_tools.models.decoder import Decoder
 from qlora_tools.specs import TensorSpec
 
@@ -24,6 +25,8 @@ class Matrix:
     rows: tuple[int, ...]
     columns: int
     biased: tuple[bool, ...]
+    compute: str = "F32"
+    """dtype of the stored bias."""
 
     @property
     def total_rows(self) -> int:
@@ -37,7 +40,7 @@ class Matrix:
     def specs(self) -> tuple[TensorSpec, ...]:
         """What is stored: the format's parts, then the bias."""
         parts = self.format.parts(self.name, self.total_rows, self.columns)
-        return (*parts, TensorSpec(self.bias, "F32", (self.total_rows,))) if self.bias else parts
+        return (*parts, TensorSpec(self.bias, self.compute, (self.total_rows,))) if self.bias else parts
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ class Layout:
     layers: tuple[Layer, ...]
     head: Matrix
     norms: tuple[tuple[str, int], ...]
-    """(tensor name in the source, its size), stored in fp32 under its own name."""
+    """(tensor name in the source, its size), stored in ``compute`` under its own name."""
+    compute: str = "F32"
 
     def matrices(self) -> Iterator[Matrix]:
         """Every stored matrix once, in the order of the file."""
@@ -71,7 +75,7 @@ class Layout:
             yield self.head
 
 
-def layout_of(decoder: Decoder, scheme: Scheme, table_dtype: str) -> Layout:
+def layout_of(decoder: Decoder, scheme: Scheme, table_dtype: str, target: Target = CPU) -> Layout:
     """The layout of ``decoder`` under ``scheme``. ``table_dtype`` is the checkpoint's dtype for its embedding."""
 
     def matrix(name: str, roles: tuple[str, ...], layer: int | None = None, form: WeightFormat | None = None) -> Matrix:
@@ -79,7 +83,7 @@ def layout_of(decoder: Decoder, scheme: Scheme, table_dtype: str) -> Layout:
         rows, columns = tuple(shape[0] for shape in shapes), shapes[0][1]
         form = form or scheme.linear(name.rpartition(".")[2], sum(rows), columns)
         modules = tuple(decoder.module(role, layer) for role in roles)
-        return Matrix(name, form, modules, rows, columns, tuple(role in decoder.biased for role in roles))
+        return Matrix(name, form, modules, rows, columns, tuple(role in decoder.biased for role in roles), target.compute)
 
     def layer_of(index: int) -> Layer:
         base = f"layers.{index}"
@@ -99,7 +103,7 @@ def layout_of(decoder: Decoder, scheme: Scheme, table_dtype: str) -> Layout:
     else:
         embedding = matrix("embedding", ("embedding",), form=scheme.table(table_dtype))
         head = matrix("head", ("head",))
-    return Layout(embedding, tuple(layer_of(index) for index in range(decoder.layers)), head, tuple((name, shapes[name][0]) for name in norms))
+    return Layout(embedding, tuple(layer_of(index) for index in range(decoder.layers)), head, tuple((name, shapes[name][0]) for name in norms), target.compute)
 
 
 def _norm_modules(decoder: Decoder) -> set[str]:

@@ -1,0 +1,95 @@
+"""ONNX Runtime's own operators: grouped-query attention with its rotary part and cache inside, norms fused with the residual."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+
+from qlora_tools.errors import UnsupportedError
+from qlora_tools.export.dialects.dialect import AttentionCall, NormCall
+from qlora_tools.export.nodes import CONTRIB, Nodes
+
+
+@dataclass(frozen=True, eq=False)
+class _Lengths:
+    last_B: ir.Value
+    """int32: last valid position."""
+    total: ir.Value
+    """int32 scalar: past and new positions."""
+    shape: ir.Value
+    """int64 [2]: (B, S)."""
+
+
+class Contrib:
+    """A :class:`~qlora_tools.export.dialects.dialect.Dialect`."""
+
+    #: The lowest that the nodes used here allow: attention and friends are in the runtime's own domain, Reduce* take axes as attribute until 18.
+    opset = 17
+    ir_version = 8
+
+    def domains(self) -> dict[str, int]:
+        return {"": self.opset, CONTRIB: 1}
+
+    def prepare(self, nodes: Nodes, ids_BS: ir.Value, mask_BT: ir.Value) -> _Lengths:
+        with nodes.scope("lengths"):
+            last = nodes.op("Sub", nodes.op("ReduceSum", mask_BT, nodes.constant([1]), keepdims=0), nodes.constant([1]))
+            total = nodes.op("Gather", nodes.op("Shape", mask_BT), nodes.constant(1), axis=0)
+            narrow = ir.DataType.INT32
+            return _Lengths(nodes.op("Cast", last, to=narrow), nodes.op("Cast", total, to=narrow), nodes.op("Shape", ids_BS))
+
+    def norm(self, nodes: Nodes, x_TH: ir.Value, call: NormCall) -> ir.Value:
+        if call.kind == "layer":
+            bias = None if call.bias is None else nodes.stored(call.bias)
+            return nodes.op("LayerNormalization", x_TH, nodes.stored(call.weight), bias, epsilon=call.epsilon, axis=-1, stash_type=1)
+        return nodes.op("SimplifiedLayerNormalization", x_TH, nodes.stored(call.weight), epsilon=call.epsilon, axis=-1, stash_type=1)
+
+    def skip_norm(self, nodes: Nodes, residual_TH: ir.Value, added_TH: ir.Value, call: NormCall, *, last: bool) -> tuple[ir.Value, ir.Value]:
+        base = f"{call.weight.removesuffix('.weight')}:"
+        outputs = [f"{base}normed"] if last else [f"{base}normed", "", "", f"{base}residual"]
+        kind = "SkipLayerNormalization" if call.kind == "layer" else "SkipSimplifiedLayerNormalization"
+        bias = [nodes.stored(call.bias)] if call.bias is not None else []
+        found = nodes.contrib(kind, residual_TH, added_TH, nodes.stored(call.weight), *bias, outputs=outputs, epsilon=call.epsilon)
+        return (found, found) if last else (found[0], found[3])
+
+    def activate(self, nodes: Nodes, x: ir.Value, kind: str) -> ir.Value:
+        if kind == "silu":
+            return nodes.contrib("QuickGelu", x, alpha=1.0)
+        if kind == "gelu":
+            return nodes.contrib("Gelu", x)
+        if kind == "gelu_tanh":
+            return nodes.contrib("FastGelu", x)
+        if kind == "relu":
+            return nodes.op("Relu", x)
+        raise UnsupportedError(f"activation `{kind}` has no operator here")
+
+    def attention(self, nodes: Nodes, call: AttentionCall, shared: _Lengths) -> tuple[ir.Value, ir.Value, ir.Value]:
+        query, key, value = (None if part is None else _spread(nodes, part, shared.shape, size) for part, size in _parts(call))
+        caches = [] if call.rotary is None else [nodes.stored(call.rotary.cos), nodes.stored(call.rotary.sin)]
+        options: dict[str, Any] = {"do_rotary": int(call.rotary is not None), "rotary_interleaved": 0}
+        if call.softcap:
+            options["softcap"] = call.softcap
+        attended, *presents = nodes.contrib(
+            "GroupQueryAttention",
+            *(query, key, value, call.past_key, call.past_value, shared.last_B, shared.total, *caches),
+            outputs=[f"layers.{call.layer}/attended", f"present.{call.layer}.key", f"present.{call.layer}.value"],
+            num_heads=call.heads,
+            kv_num_heads=call.kv_heads,
+            scale=call.scale,
+            local_window_size=-1 if call.window is None else call.window,
+            **options,
+        )
+        return nodes.op("Reshape", attended, nodes.constant([-1, call.heads * call.head_size])), presents[0], presents[1]
+
+
+def _parts(call: AttentionCall) -> list[tuple[ir.Value | None, int]]:
+    """Query, key and value with their features."""
+    query, other = call.heads * call.head_size, call.kv_heads * call.head_size
+    return [(call.query, query if call.key is not None else query + 2 * other), (call.key, other), (call.value, other)]
+
+
+def _spread(nodes: Nodes, x: ir.Value, batch_sequence: ir.Value, features: int) -> ir.Value:
+    """[T, features] -> [B, S, features]."""
+    (shape,) = nodes.once(f"shape {features}", batch_sequence, lambda: (nodes.op("Concat", batch_sequence, nodes.constant([features]), axis=0),))
+    return nodes.op("Reshape", x, shape)

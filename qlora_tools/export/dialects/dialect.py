@@ -1,0 +1,79 @@
+"""The protocol of a dialect: the few things a decoder does that are not a product with a weight.
+
+Legend: B batch, S new positions, P past positions, T = B * S tokens, H features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import onnx_ir as ir
+
+from qlora_tools.export.nodes import Nodes
+
+
+@dataclass(frozen=True)
+class NormCall:
+    """A normalization: stored names of its scale and (LayerNorm) bias. ``kind`` is ``rms`` or ``layer``."""
+
+    kind: str
+    weight: str
+    bias: str | None
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Stored names of the caches [positions, size / 2]; ``size`` rotated dimensions at the beginning of each head."""
+
+    cos: str
+    sin: str
+    size: int
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """One layer's attention. Without ``key`` and ``value``, ``query`` holds all three side by side, [T, (heads + 2 kv_heads) * head_size]."""
+
+    layer: int
+    query: ir.Value
+    key: ir.Value | None
+    value: ir.Value | None
+    past_key: ir.Value
+    past_value: ir.Value
+    heads: int
+    kv_heads: int
+    head_size: int
+    scale: float
+    softcap: float
+    """0: none."""
+    window: int | None
+    rotary: Rotary | None
+
+
+class Dialect(Protocol):
+    opset: int
+    ir_version: int
+
+    def domains(self) -> dict[str, int]:
+        """Opset imports."""
+
+    def prepare(self, nodes: Nodes, ids_BS: ir.Value, mask_BT: ir.Value) -> Any:
+        """What all layers' attention shares, computed once; handed to :meth:`attention` as ``shared``."""
+
+    def norm(self, nodes: Nodes, x_TH: ir.Value, call: NormCall) -> ir.Value:
+        """The norm over the last axis, whatever the rank of ``x_TH``."""
+
+    def skip_norm(self, nodes: Nodes, residual_TH: ir.Value, added_TH: ir.Value, call: NormCall, *, last: bool) -> tuple[ir.Value, ir.Value]:
+        """(norm(residual + added), residual + added); ``last``: nobody needs the second."""
+
+    def activate(self, nodes: Nodes, x: ir.Value, kind: str) -> ir.Value:
+        """``silu``, ``gelu`` (exact), ``gelu_tanh`` or ``relu``.
+
+        Raises:
+            UnsupportedError: another name.
+        """
+
+    def attention(self, nodes: Nodes, call: AttentionCall, shared: Any) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """(attended [T, heads * head_size], present key, present value), the presents named ``present.{layer}.key`` and ``.value``."""
