@@ -26,6 +26,7 @@ from qlora_tools.live.relay import Call, Passage, end, intercept, release
 from qlora_tools.live.text import TextWindows, evenly
 from qlora_tools.live.weights import Weights, head_of, stops_of
 from qlora_tools.progress import SILENT, Progress, Task
+from qlora_tools.training.block_journal import BlockError, BlockJournal
 from qlora_tools.training.distill_config import RefineConfig
 from qlora_tools.training.optimizers import rate_factor
 from qlora_tools.training.student_blocks import Factors, Student, below
@@ -34,18 +35,7 @@ from qlora_tools.training.student_blocks import Factors, Student, below
 LOGITS_BYTES = 64 << 20
 _ROWS = 256
 TEACHER, START, STUDENT = "teacher", "start", "student"
-
-
-@dataclass(frozen=True)
-class BlockError:
-    """Squared distance of a block's output from the teacher's, over the power of the teacher's, on held-out windows. ``start``: the adapter as it was,
-    all the way; ``before``: with what earlier blocks learnt; ``after``: with this one's, too. ``kept_start``: it learnt nothing that helped."""
-
-    block: str
-    start: float
-    before: float
-    after: float
-    kept_start: bool
+NOTHING_KEPT = BlockJournal()
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,29 +65,38 @@ def distill_blocks(
     config: RefineConfig,
     parking: Parking,
     *,
+    journal: BlockJournal = NOTHING_KEPT,
     tidy: Callable[[], Any] = lambda: None,
     progress: Progress = SILENT,
 ) -> BlocksDistilled:
-    """Train ``student.factors`` block after block on ``text``.
+    """Train ``student.factors`` block after block on ``text``. Blocks that ``journal`` holds are passed through; it keeps each one that is finished.
 
     Raises:
-        IncompatibleError: the two models have not the same blocks. NonFiniteError: a block puts out NaN or infinity.
+        IncompatibleError: the two models have not the same blocks, or the journal is another run's. NonFiniteError: a block puts out NaN or infinity.
     """
     blocks, others = stops_of(student.model)[0], stops_of(teacher.model)[0]
     if blocks != others or not blocks:
         raise IncompatibleError(f"the student has {len(blocks)} blocks, the teacher {len(others)}, or other ones", hint="leave out --by-block")
     with progress.task("refine block by block", len(blocks), "blocks") as task:
-        return _Lockstep(teacher, student, text, config, parking, tidy, task).run()
+        return _Lockstep(teacher, student, text, config, parking, journal, tidy, task).run()
 
 
 class _Lockstep:
     """The walk: every traveller waits at a stop, the stop's weights are read, all pass, the weights go."""
 
     def __init__(
-        self, teacher: Weights, student: Student, text: TextWindows, config: RefineConfig, parking: Parking, tidy: Callable[[], Any], task: Task
+        self,
+        teacher: Weights,
+        student: Student,
+        text: TextWindows,
+        config: RefineConfig,
+        parking: Parking,
+        journal: BlockJournal,
+        tidy: Callable[[], Any],
+        task: Task,
     ) -> None:
         self._weights: dict[str, Weights] = {TEACHER: teacher, STUDENT: student}
-        self._student, self._config, self._parking, self._tidy, self._task = student, config, parking, tidy, task
+        self._student, self._config, self._parking, self._journal, self._tidy, self._task = student, config, parking, journal, tidy, task
         self._blocks, embeddings = stops_of(student.model)
         self._embeddings = {TEACHER: stops_of(teacher.model)[1], STUDENT: embeddings}
         self._heads = {name: head_of(weights.model) for name, weights in self._weights.items()}
@@ -197,17 +196,29 @@ class _Lockstep:
         layers = below(self._student.factors, path)
         if not layers or self._student.factors[layers[0]] is not self._start[layers[0]]:  # nothing to learn, or a block that comes again
             return BlockError(path, start, before, before, True)
-        self._train(path, layers, [one for one in ones if one.batch < len(self._learn)], wanted)
+        order = self._order(len(self._learn))
+        if found := self._journal.find(path, start, before):
+            self._student.factors.update(found[1])
+            return found[0]
+        self._train(path, layers, [one for one in ones if one.batch < len(self._learn)], wanted, order)
         for layer in layers:
             self._student.factors[layer] = self._student.stored(layer, self._student.factors[layer])
         after = self._error(path, judges, wanted)
-        if after < before:
-            return BlockError(path, start, before, after, False)
-        self._student.factors.update({layer: self._start[layer] for layer in layers})
-        return BlockError(path, start, before, before, True)
+        error = BlockError(path, start, before, after, False) if after < before else BlockError(path, start, before, before, True)
+        if error.kept_start:
+            self._student.factors.update({layer: self._start[layer] for layer in layers})
+        self._journal.keep(error, {} if error.kept_start else {layer: self._student.factors[layer] for layer in layers})
+        return error
+
+    def _order(self, batches: int) -> list[int]:
+        """Which batch each step of a block takes: every one before any comes again. Drawn for every block, also for one that need not learn any more."""
+        order: list[int] = []
+        while len(order) < self._config.steps:
+            order += reversed(torch.randperm(batches, generator=self._generator).tolist())
+        return order[: self._config.steps]
 
     @torch.enable_grad()
-    def _train(self, path: str, layers: Sequence[str], ones: Sequence[_Traveller], wanted: Mapping[int, torch.Tensor]) -> None:
+    def _train(self, path: str, layers: Sequence[str], ones: Sequence[_Traveller], wanted: Mapping[int, torch.Tensor], order: Sequence[int]) -> None:
         config, settings = self._config, self._config.train_config()
         for layer in layers:
             a, b = (value.clone().requires_grad_() for value in self._student.factors[layer])
@@ -215,10 +226,8 @@ class _Lockstep:
         leaves = [value for layer in layers for value in self._student.factors[layer]]
         optimizer = torch.optim.Adam(leaves, lr=config.lr)
         power = sum(_squares(wanted[one.batch]) for one in ones) / sum(wanted[one.batch].numel() for one in ones)
-        order: list[int] = []
-        for step in range(config.steps):
-            order = order or torch.randperm(len(ones), generator=self._generator).tolist()
-            one = ones[order.pop()]
+        for step, number in enumerate(order):
+            one = ones[number]
             found = _hidden(self._original[STUDENT][path](*_call(one).args, **_call(one).kwargs))
             loss = (found.float() - wanted[one.batch].float()).square().mean() / max(power, 1e-30)
             for group in optimizer.param_groups:

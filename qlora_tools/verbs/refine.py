@@ -32,9 +32,9 @@ from qlora_tools.progress import SILENT, Progress
 from qlora_tools.quant.codec import Codec
 from qlora_tools.training import events
 from qlora_tools.training.allocator import Heap, peak_bytes
+from qlora_tools.training.block_journal import BlockError, BlockJournal
 from qlora_tools.training.distill import DivergenceLoss, RefineConfig, WindowRows, distill
 from qlora_tools.training.distill_adapter import Learner, put_adapter, ranks_in
-from qlora_tools.training.distill_blocks import BlockError
 from qlora_tools.training.estimate import Subject, empty_base, estimator
 from qlora_tools.training.fused import fuse
 from qlora_tools.training.loop import Run
@@ -143,8 +143,10 @@ def refine(
     if not dry_run:
         progress.note(f"about {estimate_bytes / 1e9:.2f} GB of memory")
         words = {"adapter": str(adapter), "base": str(base), "teacher": str(teacher)}
-        whole = not task.config.by_block
-        report = _refine(task, resume, estimate_bytes, words, listen, progress) if whole else _refine_by_block(task, estimate_bytes, progress)
+        if task.config.by_block:
+            report = _refine_by_block(task, resume, estimate_bytes, words, progress)
+        else:
+            report = _refine(task, resume, estimate_bytes, words, listen, progress)
     return RefineResult(task.dest, time.perf_counter() - began, count, estimate_bytes, report)
 
 
@@ -237,14 +239,7 @@ def _refine(task: _Task, resume: bool, estimate_bytes: int, words: Mapping[str, 
     fuse(learner.model)
     heap.give_back()
     run = _run(task, base, learner, guide, text, folder, listen, heap)
-    identity = _identity(task, base, guide, text)
-    if resume:
-        stored, _ = read_run(task.dest)
-        stored.check(identity)
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-        write_run(task.dest, identity, words)
-        _save_text(folder, text)
+    _begin(task, resume, RunIdentity(_settings(task), base.identity, text.sha256, teacher_sha256=guide.identity), words, text)
     saved = checkpoints(folder) if resume else []
     try:
         made = distill(run, resume_from=saved[-1] if saved else None, stored=learner.stored, progress=progress)
@@ -269,19 +264,45 @@ def _refine(task: _Task, resume: bool, estimate_bytes: int, words: Mapping[str, 
     return report
 
 
-def _refine_by_block(task: _Task, estimate_bytes: int, progress: Progress) -> RefineReport:
-    began, heap = time.perf_counter(), Heap(task.device)
-    text = _text(task, None, progress)
-    made, learnt = refine_blocks(
-        task.adapter, task.base, task.teacher, task.codec(), text, task.config,
-        spill=task.dest.resolve().parent, dtype=task.dtype, device=task.device, tidy=heap.give_back, progress=progress,
-    )  # fmt: skip
+def _refine_by_block(task: _Task, resume: bool, estimate_bytes: int, words: Mapping[str, str], progress: Progress) -> RefineReport:
+    """The models are told by their headers: reading them whole for a hash would take as long as the walk, which finds other weights by itself."""
+    began, folder, heap = time.perf_counter(), run_folder(task.dest), Heap(task.device)
+    text = _load_text(folder) if resume else _text(task, None, progress)
+    base_sha256, teacher_sha256 = (model.stored.headers_sha256() for model in (task.base, task.teacher))
+    _begin(task, resume, RunIdentity(_settings(task), base_sha256, text.sha256, teacher_sha256=teacher_sha256), words, text)
+    try:
+        made, learnt = refine_blocks(
+            task.adapter, task.base, task.teacher, task.codec(), text, task.config,
+            folder=folder, dtype=task.dtype, device=task.device, tidy=heap.give_back, progress=progress,
+        )  # fmt: skip
+    except BaseException as error:
+        done = len(BlockJournal(folder).blocks)
+        if not done:
+            shutil.rmtree(folder, ignore_errors=True)
+        elif isinstance(error, KeyboardInterrupt):
+            raise Interrupted(
+                f"stopped after {done} blocks, which are saved in {folder}", hint=f"to go on: qlt refine --resume -o {task.dest}", folder=task.dest
+            ) from error
+        raise
     report = RefineReport(
         made.start_kl, made.end_kl if not made.kept_start else made.start_kl, made.kept_start, 0 if made.kept_start else task.config.steps,
         task.config.steps, "done", text.name, text.tokens, time.perf_counter() - began, peak_bytes(task.device), estimate_bytes, made.blocks,
     )  # fmt: skip
     _write(task, learnt, report, text)
+    shutil.rmtree(folder)
     return report
+
+
+def _begin(task: _Task, resume: bool, identity: RunIdentity, words: Mapping[str, str], text: TextWindows) -> None:
+    """A new folder for the run, or the proof that the one there is this run's."""
+    if resume:
+        stored, _ = read_run(task.dest)
+        stored.check(identity)
+        return
+    folder = run_folder(task.dest)
+    shutil.rmtree(folder, ignore_errors=True)
+    write_run(task.dest, identity, words)
+    _save_text(folder, text)
 
 
 def _run(task: _Task, base: Base, learner: Learner, guide: Base, text: TextWindows, folder: Path, listen: events.Listener, heap: Heap) -> Run:
@@ -301,13 +322,8 @@ def _run(task: _Task, base: Base, learner: Learner, guide: Base, text: TextWindo
     )
 
 
-def _identity(task: _Task, base: Base, guide: Base, text: TextWindows) -> RunIdentity:
-    return RunIdentity(
-        config={**task.config.record(), "adapter_sha256": sha256_file(task.folder / WEIGHTS)},
-        base_sha256=base.identity,
-        data_sha256=text.sha256,
-        teacher_sha256=guide.identity,
-    )
+def _settings(task: _Task) -> dict[str, Any]:
+    return {**task.config.record(), "adapter_sha256": sha256_file(task.folder / WEIGHTS)}
 
 
 def _text(task: _Task, guide: Base | None, progress: Progress) -> TextWindows:

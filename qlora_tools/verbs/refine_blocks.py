@@ -1,7 +1,6 @@
 """``qlt refine --by-block``: the refinement of models of which only a block at a time fits in memory.
 
-Owns where text, weights and hidden states come from and what memory that takes; the walk is ``training/distill_blocks.py``. There is no run to go
-on with: an interruption leaves the adapter as it was.
+Owns where text, weights and hidden states come from and what memory that takes; the walk is ``training/distill_blocks.py``.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from qlora_tools.live.weights import Weights, reaches_outside, stops_of
 from qlora_tools.progress import Progress
 from qlora_tools.quant.codec import Codec
 from qlora_tools.training.allocator import resident_bytes
+from qlora_tools.training.block_journal import BlockJournal
 from qlora_tools.training.distill_blocks import LOGITS_BYTES, BlocksDistilled, distill_blocks
 from qlora_tools.training.distill_config import RefineConfig
 from qlora_tools.training.student_blocks import Student
@@ -38,23 +38,22 @@ def refine_blocks(
     text: TextWindows,
     config: RefineConfig,
     *,
-    spill: Path,
+    folder: Path,
     dtype: torch.dtype,
     device: str,
     tidy: Callable[[], Any],
     progress: Progress,
 ) -> tuple[BlocksDistilled, Mapping[str, torch.Tensor]]:
-    """What came of it, and the learnt tensors by their key in the adapter's file (none where the start was kept). ``spill``: folder for hidden states
-    that memory has no room for.
+    """What came of it, and the learnt tensors by their key in the adapter's file (none where the start was kept). ``folder``: the run's, for what
+    finished blocks learnt, and for hidden states that memory has no room for.
 
     Raises:
         UnsupportedError: DoRA, convolutions, or a base that transformers renames while loading. And what :func:`distill_blocks` raises.
     """
-    spill.mkdir(parents=True, exist_ok=True)
     student = Student(base, adapter, codec, dtype, device, progress)
     guide = Weights(teacher, "language", dtype, device, progress)
     try:
-        made = distill_blocks(guide, student, text, config, Parking(spill), tidy=tidy, progress=progress)
+        made = distill_blocks(guide, student, text, config, Parking(folder), journal=BlockJournal(folder), tidy=tidy, progress=progress)
     except (RuntimeError, NotImplementedError) as error:
         if not reaches_outside(error):
             raise

@@ -14,15 +14,17 @@ from qlora_tools import api
 from qlora_tools.adapters.peft_files import read_adapter
 from qlora_tools.checkpoint.logical import open_checkpoint
 from qlora_tools.cli.main import group
-from qlora_tools.errors import IncompatibleError, NonFiniteError, UnsupportedError, UsageError
+from qlora_tools.errors import IncompatibleError, Interrupted, NonFiniteError, OutputExistsError, UnsupportedError, UsageError
 from qlora_tools.live.base import load_base
 from qlora_tools.live.parking import Parking
 from qlora_tools.live.text import TextWindows
 from qlora_tools.live.weights import Weights
 from qlora_tools.quant.nf4 import NF4
+from qlora_tools.training import distill_blocks as distill_module
 from qlora_tools.training.distill_adapter import put_adapter
 from qlora_tools.training.distill_blocks import distill_blocks
 from qlora_tools.training.lora import trainable_parameters
+from qlora_tools.training.state import run_folder
 from qlora_tools.training.student_blocks import Student
 from tests.conftest import build_llama, nudge
 from tests.flows.refining_material import WEIGHTS, build_adapter, build_base, build_teacher, write_text
@@ -140,6 +142,45 @@ def test_a_block_that_gets_no_better_keeps_its_factors(base, teacher, adapter, c
     assert done.report.end_kl == done.report.start_kl
     assert all(block.kept_start for block in done.report.blocks)
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (adapter / WEIGHTS).read_bytes()
+
+
+@pytest.fixture
+def interrupted(base, teacher, adapter, config, tmp_path, monkeypatch):
+    """A run into ``parts`` that was stopped in its second block."""
+    train = distill_module._Lockstep._train
+
+    def stopping(self, path, *rest):
+        if path == "model.layers.1":
+            raise KeyboardInterrupt
+        train(self, path, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distill_module._Lockstep, "_train", stopping)
+        with pytest.raises(Interrupted, match="after 1 blocks") as caught:
+            api.refine(adapter=adapter, base=base, teacher=teacher, config=config, output=tmp_path / "parts")
+    assert "--resume -o" in caught.value.hint and not (tmp_path / "parts").exists()
+    return tmp_path / "parts"
+
+
+def test_an_interrupted_run_learns_only_the_blocks_that_are_left_and_ends_in_the_same_bytes(base, teacher, adapter, config, interrupted, tmp_path, monkeypatch):
+    api.refine(adapter=adapter, base=base, teacher=teacher, config=config, output=tmp_path / "whole")
+    with pytest.raises(OutputExistsError, match="interrupted run"):
+        api.refine(adapter=adapter, base=base, teacher=teacher, config=config, output=interrupted)
+    learnt, train = [], distill_module._Lockstep._train
+    monkeypatch.setattr(distill_module._Lockstep, "_train", lambda self, path, *rest: (learnt.append(path), train(self, path, *rest)))
+    api.refine(resume=True, output=interrupted)
+    assert learnt == ["model.layers.1"]
+    assert (interrupted / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+    assert not run_folder(interrupted).exists()
+
+
+def test_a_teacher_that_changed_meanwhile_is_noticed(base, teacher, adapter, config, interrupted, tmp_path):
+    run = json.loads((run_folder(interrupted) / "run.json").read_text())
+    other = nudge(teacher, tmp_path / "other", scale=0.1)
+    run["words"]["teacher"] = str(other)
+    (run_folder(interrupted) / "run.json").write_text(json.dumps(run))
+    with pytest.raises(IncompatibleError, match=r"not the run that was interrupted: `model\.layers\.0`"):
+        api.refine(resume=True, output=interrupted)
 
 
 def test_refusals(base, teacher, adapter, config, tmp_path):
