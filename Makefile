@@ -27,13 +27,16 @@ format: .venv/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Side by side with the other tools, which get an environment of their own. About 40 minutes.
+# Side by side with the other tools, which get environments of their own. About 90 minutes.
 bench-peers: .venv/installed
 	$(BIN)/python benchmarks/quantize_speed.py
 	$(BIN)/python benchmarks/extract_vs_mergekit.py
 	$(BIN)/python benchmarks/train_vs_peft.py
 	$(BIN)/python benchmarks/export_vs_genai.py --pairs 5
-	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/export_vs_optimum.py
+	$(BIN)/python benchmarks/adapters_kept.py
+	$(BIN)/python benchmarks/open_elsewhere.py
+	$(BIN)/python benchmarks/memory.py --builder
 	$(BIN)/python benchmarks/tables.py
 
 clean:

@@ -21,8 +21,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from export_vs_genai import install_peers, log_softmax
+from graphs import graph_bytes, log_softmax
 from measured import ratio, write_result
+from peers import python_of
 from tokenizers import Tokenizer
 
 from qlora_tools import api
@@ -44,11 +45,11 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
-        graphs = {**ours(work, options.model, options.calib), **theirs(work, options.model, str(options.peers_python or install_peers()))}
+        graphs = {**ours(work, options.model, options.calib), **theirs(work, options.model, python_of("genai", options.peers_python))}
         texts = {"python-reference-heldout": python_reference("heldout").text} | {path.name: path.read_text() for path in options.text}
         windows = {name: windows_of(options.model, text, options.windows) for name, text in texts.items()}
         quality = judge({name: folder for name, (folder, _) in graphs.items()}, windows)
-        rows = {name: {**facts, "graph_bytes": size_of(folder), **quality[name]} for name, (folder, facts) in graphs.items()}
+        rows = {name: {**facts, "graph_bytes": graph_bytes(folder), **quality[name]} for name, (folder, facts) in graphs.items()}
     result = {"bars": BARS, "windows": {name: list(found.shape) for name, found in windows.items()}, "graphs": rows, "shares": shares(rows)}
     for name, row in rows.items():
         print(
@@ -122,10 +123,6 @@ def shares(rows: dict[str, dict]) -> dict[str, dict]:
         for name in calibrated
         for other in plain
     }
-
-
-def size_of(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("model.onnx*"))
 
 
 if __name__ == "__main__":

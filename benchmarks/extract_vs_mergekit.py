@@ -7,7 +7,7 @@ linear. The two tools run in turn, each run a fresh process on the same files; w
 is the process's VmHWM. Then the adapters are judged alike: || D - B A || / || D || over all linears in float64, against the
 smallest error that any rank-16 adapter can have, from the eigenvalues of D D^T in float64.
 
-Without ``--peers-python`` mergekit is installed into ``benchmarks/.peers`` first. Bars: 20 times faster, half the memory,
+Without ``--peers-python`` mergekit is installed into ``benchmarks/.peers/mergekit`` first. Bars: 20 times faster, half the memory,
 error within 1e-4 of the optimum. Writes ``benchmarks/results/extract_vs_mergekit.json``.
 """
 
@@ -16,10 +16,8 @@ from __future__ import annotations
 import argparse
 import math
 import shutil
-import subprocess
 import sys
 import tempfile
-import venv
 from pathlib import Path
 
 import torch
@@ -27,13 +25,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from measured import measure, median, ratio, write_result
+from peers import python_of, versions_of
 from synthetic import SHAPES, TARGETS, write_base, write_tokenizer, write_tuned
 
 from qlora_tools.checkpoint.logical import open_checkpoint
 from qlora_tools.checkpoint.safetensors_file import SafetensorsFile
 
-PEERS = Path(__file__).parent / ".peers"
-PEER_PACKAGES = ("torch==2.13.0", "mergekit==0.1.5")
 BARS = {"times_faster": 20.0, "peak_share": 0.5, "error_above_optimum": 1e-4}
 
 
@@ -46,7 +43,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--work", type=Path, default=None)
     options = parser.parse_args()
-    peers = str(options.peers_python or install_peers())
+    peers = python_of("mergekit", options.peers_python)
     with tempfile.TemporaryDirectory(dir=options.work) as text:
         work = Path(text)
         base, tuned = work / "base", work / "tuned"
@@ -65,25 +62,16 @@ def main() -> None:
     path = write_result(
         "extract_vs_mergekit",
         command,
-        {"shape": options.shape, "layers": options.layers, "rank": options.rank, "peer": peer_versions(peers), "bars": BARS, **result},
+        {
+            "shape": options.shape,
+            "layers": options.layers,
+            "rank": options.rank,
+            "peer": versions_of(peers, "mergekit", "torch", "transformers", "peft"),
+            "bars": BARS,
+            **result,
+        },
     )
     print(f"written to {path}")
-
-
-def install_peers() -> Path:
-    """An environment with mergekit beside this script, made once."""
-    python = PEERS / "bin" / "python"
-    if not python.exists():
-        venv.create(PEERS, with_pip=True)
-        subprocess.run([str(python), "-m", "pip", "install", "-q", *PEER_PACKAGES], check=True)
-    return python
-
-
-def peer_versions(python: str) -> dict[str, str]:
-    names = ("mergekit", "torch", "transformers", "peft")
-    code = f"from importlib.metadata import version\nprint(*[version(name) for name in {names!r}])"
-    found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    return dict(zip(names, found, strict=True))
 
 
 def one_pair(work: Path, base: Path, tuned: Path, rank: int, peers: str, peer_first: bool) -> dict[str, dict]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -17,6 +18,9 @@ import time
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+
+#: ``QLT_RESULTS`` names another folder, for a trial run.
+RESULTS = Path(os.environ.get("QLT_RESULTS", Path(__file__).parent / "results"))
 
 _CHILD = """
 import atexit, json, os, resource, runpy, sys
@@ -33,16 +37,28 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True) if not sys.ar
 """
 
 
-def measure(module: str, arguments: Sequence[str], *, python: str = sys.executable, threads: int | None = None, cwd: Path | None = None) -> dict:
-    """``python -m module arguments`` -> ``{"wall_s", "cpu_s", "peak_bytes", "returncode", "stderr"}``."""
+def measure(
+    module: str, arguments: Sequence[str], *, python: str = sys.executable, threads: int | None = None, cwd: Path | None = None, limit_bytes: int | None = None
+) -> dict:
+    """``python -m module arguments`` -> ``{"wall_s", "cpu_s", "peak_bytes", "returncode", "stderr"}``.
+
+    ``limit_bytes``: of the process's own memory (files that it maps do not count); beyond it allocations fail in that process and the machine stays usable.
+    """
     environment = dict(os.environ)
     if threads:
         environment |= {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    cap = None if limit_bytes is None else lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
         began = time.perf_counter()
         done = subprocess.run(
-            [python, "-c", _CHILD, str(report), module, *map(str, arguments)], capture_output=True, text=True, env=environment, cwd=cwd, check=False
+            [python, "-c", _CHILD, str(report), module, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            env=environment,
+            cwd=cwd,
+            check=False,
+            preexec_fn=cap,
         )
         wall = time.perf_counter() - began
         measured = json.loads(report.read_text()) if report.exists() else {"peak_bytes": None, "cpu_s": None}
@@ -81,9 +97,16 @@ def versions(*names: str) -> dict:
     return {name: metadata.version(name) for name in names}
 
 
+def public_arguments() -> str:
+    """This command's arguments without paths of this machine: where peers and scratch files lie is left out, of models the name stays."""
+    words = sys.argv[1:]
+    local = {number for number, word in enumerate(words) if word in ("--work", "--js") or word.endswith("-python")}
+    return " ".join(Path(word).name if "/" in word else word for number, word in enumerate(words) if not {number, number - 1} & local)
+
+
 def write_result(name: str, command: str, content: dict) -> Path:
     """``benchmarks/results/<name>.json`` with the command, the machine and the versions."""
-    path = Path(__file__).parent / "results" / f"{name}.json"
+    path = RESULTS / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     libraries = versions("qlora-tools", "torch", "numpy", "onnxruntime-gpu", "bitsandbytes", "transformers", "peft")
     path.write_text(json.dumps({"command": command, "machine": machine(), "versions": libraries, **content}, indent=2, sort_keys=True) + "\n")

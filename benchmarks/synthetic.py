@@ -68,13 +68,13 @@ def seeded(name: str, salt: int) -> torch.Generator:
     return torch.Generator().manual_seed(sum(ord(letter) * 31**position for position, letter in enumerate(name)) % (1 << 62) + salt)
 
 
-def write_base(dest: Path, shape: str, layers: int | None = None, *, tied: bool = True, max_shard_bytes: int = 2_000_000_000) -> None:
-    """Random weights of that shape."""
+def write_base(dest: Path, shape: str, layers: int | None = None, *, tied: bool = True, spread: float = 0.02, max_shard_bytes: int = 2_000_000_000) -> None:
+    """Random weights of that shape, their standard deviation ``spread``."""
     config = config_of(shape, layers, tied=tied)
     dest.mkdir(parents=True)
     with CheckpointWriter(dest, specs_of(config), max_shard_bytes) as writer:
         for spec in specs_of(config):
-            tensor = torch.ones(spec.shape) if len(spec.shape) == 1 else torch.randn(spec.shape, generator=seeded(spec.name, 0)).mul_(0.02)
+            tensor = torch.ones(spec.shape) if len(spec.shape) == 1 else torch.randn(spec.shape, generator=seeded(spec.name, 0)).mul_(spread)
             writer.write(spec.name, tensor.to(torch.bfloat16))
     (dest / "config.json").write_text(json.dumps(config, indent=2))
 

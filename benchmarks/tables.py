@@ -35,7 +35,7 @@ def interval(found: dict[str, Any]) -> str:
 
 def peers() -> str:
     """One row per claim against another tool: what, ours, theirs, ratio, bar."""
-    rows = [*extraction(), *quantization(), *training(), *exports(), *graphs()]
+    rows = [*extraction(), *quantization(), *training(), *exports(), *exports_beside_optimum(), *graphs(), *adapters_kept()]
     return table(["what", "qlt", "peer", "ratio [95 %]", "wanted"], rows)
 
 
@@ -91,22 +91,108 @@ def training() -> Iterator[list[str]]:
         yield [what, f"{ours:.1f}", f"{full:.1f} (full fine-tune)", f"{100 * found['gain_kept']:.1f} % of the gain", ">= 95 %"]
 
 
+def sizes(name: str) -> dict[str, dict[str, Any]]:
+    """Model -> what was found of it; results of one size alone are of the 350 M shape."""
+    found = result(name) or {"sizes": {}}
+    sized: dict[str, dict[str, Any]] = found.get("sizes", {"350m": found})
+    return sized
+
+
 def exports() -> Iterator[list[str]]:
-    for scheme, item in (result("export_vs_genai") or {"exports": {}})["exports"].items():
+    for scheme, item in sizes("export_vs_genai").get("350m", {"exports": {}})["exports"].items():
         ours, theirs = (median(item["wall_s"][side]) for side in ("ours", "theirs"))
         yield [f"export {scheme}, 350 M: time", f"{ours:.1f} s", f"{theirs:.1f} s (genai builder)", f"{interval(item['times_faster'])} x faster", ">= 3"]
         ours, theirs = (median(item["peak_bytes"][side]) / 1e6 for side in ("ours", "theirs"))
         yield ["… peak memory", f"{ours:.0f} MB", f"{theirs:.0f} MB", f"{item['peak_share']:.2f} of theirs", "<= 0.33"]
 
 
+def exports_beside_optimum() -> Iterator[list[str]]:
+    if item := sizes("export_vs_optimum").get("350m", {}).get("export"):
+        ours, theirs = (median(item["wall_s"][side]) for side in ("ours", "theirs"))
+        yield ["export fp32, 350 M: time", f"{ours:.1f} s", f"{theirs:.1f} s (Optimum)", f"{interval(item['times_faster'])} x faster", ">= 2"]
+        ours, theirs = (median(item["peak_bytes"][side]) / 1e6 for side in ("ours", "theirs"))
+        yield ["… peak memory", f"{ours:.0f} MB", f"{theirs:.0f} MB", f"{item['peak_share']:.2f} of theirs", ""]
+
+
 def graphs() -> Iterator[list[str]]:
-    for scheme, item in (result("export_vs_genai") or {"graphs": {}})["graphs"].items():
+    for scheme, item in sizes("export_vs_genai").get("350m", {"graphs": {}})["graphs"].items():
         bar = (">= 1.5", ">= 1.0", "<= 1.0") if scheme == "int8" else ("", "", "")
         prefill, decode, divergence = item["prefill_ms"], item["decode_ms"], item["kl_mean"]
         what = f"{scheme} graph, 350 M: prefill of 128 tokens"
         yield [what, f"{prefill['ours']:.0f} ms", f"{prefill['theirs']:.0f} ms", f"{interval(item['prefill_times_faster'])} x faster", bar[0]]
         yield ["… decode step", f"{decode['ours']:.1f} ms", f"{decode['theirs']:.1f} ms", f"{interval(item['decode_times_faster'])} x faster", bar[1]]
         yield ["… KL to fp32", f"{divergence['ours']:.1e}", f"{divergence['theirs']:.1e}", f"{interval(item['kl_share'])} of theirs", bar[2]]
+
+
+def adapters_kept() -> Iterator[list[str]]:
+    if found := result("adapters_kept"):
+        theirs = next(name for name in found["graphs"] if name.startswith("builder"))
+        for scheme, bar in (("int8", "<= 1e-3"), ("int4", "")):
+            ours, other = found["graphs"][f"{scheme} kept, on"], found["graphs"][theirs]
+            what = f"{scheme} graph, adapter kept as input, {found['shape']}: KL to the unmerged model"
+            yield [what, f"{ours['kl_mean']:.1e}", f"{other['kl_mean']:.1e} (genai builder, int4)", "", bar]
+            faster = interval(found["decode_times_faster"][f"{scheme} kept, on / {theirs}"])
+            yield ["… decode step", f"{ours['decode_ms']:.1f} ms", f"{other['decode_ms']:.1f} ms", f"{faster} x faster", ">= 1.0"]
+
+
+def cells() -> str:
+    """Our int8 and int4 graphs beside every graph of the others, by size: how many times faster, and the KL to fp32 of both."""
+    builder, optimum = sizes("export_vs_genai"), sizes("export_vs_optimum")
+    rows = []
+    for size in dict.fromkeys((*builder, *optimum)):
+        for scheme in ("int8", "int4"):
+            beside = [against_builder(builder.get(size, {}).get("graphs", {}).get(scheme))]
+            beside += [against_optimum(optimum.get(size, {}), f"ours {scheme} / optimum {other}") for other in ("fp32", "int8")]
+            rows.append([f"{size}, {scheme}", *beside])
+    heads = ["prefill x, decode x, KL: theirs to ours", "genai builder, same bits", "Optimum fp32", "Optimum dynamic int8"]
+    return table(heads, rows) if rows else "not measured"
+
+
+def against_builder(item: dict[str, Any] | None) -> str:
+    if item is None:
+        return "not measured"
+    prefill, decode = (item[f"{phase}_times_faster"]["median"] for phase in ("prefill", "decode"))
+    return f"{prefill:.2f}, {decode:.2f}, {item['kl_mean']['theirs']:.1e} to {item['kl_mean']['ours']:.1e}"
+
+
+def against_optimum(found: dict[str, Any], pair: str) -> str:
+    if "failed" in found:
+        return "Optimum failed"
+    item = found.get("cells", {}).get(pair)
+    if item is None:
+        return "not measured"
+    prefill, decode = (item[f"{phase}_times_faster"]["median"] for phase in ("prefill", "decode"))
+    divergence = "" if pair.endswith("fp32") else f", {item['their_kl']:.1e} to {item['kl']:.1e}"
+    return f"{prefill:.2f}, {decode:.2f}{divergence}"
+
+
+def opened() -> str:
+    """Which exports other programs opened as they are, and whether they said the same."""
+    found = result("open_elsewhere")
+    if not found:
+        return "not measured"
+    programs = {"onnxruntime-genai": "onnxruntime-genai", "Optimum": "ORTModel", "transformers.js": "transformers.js"}
+    rows = []
+    for model in dict.fromkeys(row["model"] for row in found["rows"]):
+        here = [row for row in found["rows"] if row["model"] == model]
+        rows.append([model, *(opened_in([row for row in here if row["program"].startswith(start)]) for start in programs.values())])
+    return table(["model", *programs], rows)
+
+
+def opened_in(rows: list[dict[str, Any]]) -> str:
+    """The variants in one word where they agree."""
+    verdicts = {row["scheme"]: verdict_of(row) for row in rows}
+    if len(set(verdicts.values())) == 1:
+        return f"{', '.join(verdicts)}: {next(iter(verdicts.values()))}"
+    return ", ".join(f"{scheme}: {verdict}" for scheme, verdict in verdicts.items()) or "-"
+
+
+def verdict_of(row: dict[str, Any]) -> str:
+    if not row["opened"]:
+        return "not tried" if row["reason"].startswith("not tried") else "no"
+    if "error" in row:
+        return f"error {row['error']:.0e}"
+    return "same" if row["equal"] == row["tokens"] else f"{row['equal']} of {row['tokens']} the same"
 
 
 def kept() -> str:
@@ -206,10 +292,17 @@ def memory() -> str:
     depths = sorted({row["layers"] for row in found["rows"]})
     verbs = list(dict.fromkeys(row["verb"] for row in found["rows"]))
     cells = {(row["verb"], row["layers"]): row for row in found["rows"]}
+    names = {verb: verb if "builder" in verb else f"`qlt {verb}`" for verb in verbs}
     return table(
         [f"peak RSS, {found['shape']} shape", *(f"{depth} layers" for depth in depths)],
-        [[f"`qlt {verb}`", *(f"{cells[verb, depth]['peak_bytes'] / 1e9:.2f} GB" for depth in depths)] for verb in verbs],
+        [[names[verb], *(peak_of(cells.get((verb, depth))) for depth in depths)] for verb in verbs],
     )
+
+
+def peak_of(row: dict[str, Any] | None) -> str:
+    if row is None or row["peak_bytes"] is None:
+        return "-"
+    return f"{row['peak_bytes'] / 1e9:.2f} GB{' reached, then out of memory' if row['returncode'] else ''}"
 
 
 def training_memory() -> str:
@@ -231,7 +324,17 @@ def training_memory() -> str:
 
 def commands() -> str:
     """Where the rows come from."""
-    names = ("extract_vs_mergekit", "quantize_speed", "train_vs_peft", "train_quality", "train_memory", "export_vs_genai", "memory")
+    names = (
+        "extract_vs_mergekit",
+        "quantize_speed",
+        "train_vs_peft",
+        "train_quality",
+        "train_memory",
+        "export_vs_genai",
+        "export_vs_optimum",
+        "open_elsewhere",
+        "memory",
+    )
     names += ("refine_shakespeare-light", "refine_shakespeare-heavy", "extract_weighted", "merge", "nf4_search", "quantize_calibrated", "gptq_speed")
     names += ("export_calibrated",)
     found = [item["command"] for name in names if (item := result(name))]
@@ -251,7 +354,16 @@ def chain() -> str:
     return path.read_text(encoding="utf-8").split("\n\n")[0] if path.exists() else "not measured"
 
 
-BLOCKS = {"chain": chain, "peers": peers, "kept": kept, "memory": memory, "training-memory": training_memory, "commands": commands}
+BLOCKS = {
+    "chain": chain,
+    "peers": peers,
+    "kept": kept,
+    "cells": cells,
+    "opened": opened,
+    "memory": memory,
+    "training-memory": training_memory,
+    "commands": commands,
+}
 
 
 def generated(text: str) -> str:

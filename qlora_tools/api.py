@@ -33,9 +33,11 @@ if TYPE_CHECKING:
     from qlora_tools.verbs.calibrate import CalibrateResult, HeardInput, calibrate
     from qlora_tools.verbs.convert import ConvertResult, convert
     from qlora_tools.verbs.doctor import Check, Diagnosis, doctor
+    from qlora_tools.verbs.estimate import EstimateConfig, EstimateResult, estimate
     from qlora_tools.verbs.evaluate import EvalResult, Judged, evaluate
-    from qlora_tools.verbs.export import ExportResult, export
+    from qlora_tools.verbs.export import ExportedAdapter, ExportResult, export
     from qlora_tools.verbs.extract import ExtractResult, extract
+    from qlora_tools.verbs.generate import Answer, GenerateResult, generate
     from qlora_tools.verbs.heal import HealConfig
     from qlora_tools.verbs.import_adapter import ImportResult, import_adapter
     from qlora_tools.verbs.init import InitResult, init
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from qlora_tools.verbs.refine import RefineReport, RefineResult, refine
     from qlora_tools.verbs.syntax import JudgedSyntax, SyntaxResult, evaluate_syntax
     from qlora_tools.verbs.train import TrainReport, TrainResult, train
+    from qlora_tools.verbs.verify import VerifyResult, verify
 
 _HOMES = {
     "qlora_tools.bench.record": ("Workload",),
@@ -86,6 +89,11 @@ _HOMES = {
         "Diagnosis",
         "doctor",
     ),
+    "qlora_tools.verbs.estimate": (
+        "EstimateConfig",
+        "EstimateResult",
+        "estimate",
+    ),
     "qlora_tools.verbs.evaluate": (
         "EvalResult",
         "Judged",
@@ -93,11 +101,17 @@ _HOMES = {
     ),
     "qlora_tools.verbs.export": (
         "ExportResult",
+        "ExportedAdapter",
         "export",
     ),
     "qlora_tools.verbs.extract": (
         "ExtractResult",
         "extract",
+    ),
+    "qlora_tools.verbs.generate": (
+        "Answer",
+        "GenerateResult",
+        "generate",
     ),
     "qlora_tools.verbs.import_adapter": (
         "ImportResult",
@@ -138,9 +152,14 @@ _HOMES = {
         "TrainResult",
         "train",
     ),
+    "qlora_tools.verbs.verify": (
+        "VerifyResult",
+        "verify",
+    ),
 }
 
 __all__ = [
+    "Answer",
     "BenchResult",
     "CalibrateResult",
     "Check",
@@ -149,10 +168,14 @@ __all__ = [
     "ConvertResult",
     "DemoResult",
     "Diagnosis",
+    "EstimateConfig",
+    "EstimateResult",
     "EvalResult",
     "ExportResult",
+    "ExportedAdapter",
     "ExtractConfig",
     "ExtractResult",
+    "GenerateResult",
     "Group",
     "HealConfig",
     "HeardInput",
@@ -176,6 +199,7 @@ __all__ = [
     "TrainConfig",
     "TrainReport",
     "TrainResult",
+    "VerifyResult",
     "Workload",
     "bench",
     "calibrate",
@@ -183,10 +207,12 @@ __all__ = [
     "convert",
     "demo",
     "doctor",
+    "estimate",
     "evaluate",
     "evaluate_syntax",
     "export",
     "extract",
+    "generate",
     "import_adapter",
     "init",
     "inspect",
@@ -198,6 +224,7 @@ __all__ = [
     "resize_adapter",
     "sum_adapters",
     "train",
+    "verify",
 ]
 
 

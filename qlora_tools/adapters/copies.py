@@ -35,6 +35,14 @@ def without_copies(portable: Portable, bound: Adapter, base: Source, ties: Mappi
     return replace(portable, replacements=kept, notes=(*portable.notes, f"equal to the base and left out: {shortened(dropped)}"))
 
 
+def bound_without_copies(bound: Adapter, base: Source, ties: Mapping[str, str]) -> Adapter:
+    """``bound`` less the whole tensors that are the base's own; ``ties`` as above."""
+    if bound.config.ensure_weight_tying:
+        return bound
+    kept = {name: part for name, part in bound.replacements.items() if not _is_copy(part, base, ties.get(name, name))}
+    return replace(bound, replacements=kept)
+
+
 def _is_copy(part: Part, base: Source, name: str) -> bool:
     """Whether the values are the same, whatever dtype either side keeps them in; in row tiles, they may be whole vocabularies."""
     if name not in base.specs or part.spec.shape != base.specs[name].shape:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from qlora_tools.errors import MissingError, StorageError
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
-_MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
+_MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja")
 
 
-def resolve_model(name: str, revision: str | None = None) -> Path:
+def resolve_model(name: str, revision: str | None = None, files: Sequence[str] = _MODEL_FILES) -> Path:
     """The local folder of ``name``: the folder itself, or the snapshot of a hub id (``org/name`` or ``org/name@revision``).
 
-    Only weights in safetensors, configuration and tokenizer files are fetched; never code, never pickle.
+    Only weights in safetensors, configuration and tokenizer files are fetched, or of these what matches ``files``; never code, never pickle.
 
     Raises:
         MissingError: neither a folder nor a repository the hub knows (or it cannot be reached).
@@ -27,15 +28,15 @@ def resolve_model(name: str, revision: str | None = None) -> Path:
     if not _HUB_ID.fullmatch(name) or name.startswith((".", "/")):
         raise MissingError(f"{name} is not there", hint="give the folder of a checkpoint, or a hub id such as org/name")
     repository, _, pinned = name.partition("@")
-    return _download(repository, revision or pinned or None)
+    return _download(repository, revision or pinned or None, files)
 
 
-def _download(repository: str, revision: str | None) -> Path:
+def _download(repository: str, revision: str | None, files: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=_MODEL_FILES))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(files)))
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise MissingError(
@@ -43,3 +44,19 @@ def _download(repository: str, revision: str | None) -> Path:
         ) from error
     except OSError as error:
         raise StorageError(f"{repository}: the download could not be stored: {error}", hint="set HF_HOME to a disk with room") from error
+
+
+def resolve_config(name: str) -> Path:
+    """The ``config.json`` of ``name``: that of a folder, the JSON file itself, or the only file fetched of a hub id.
+
+    Raises:
+        MissingError: none of these.
+    """
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix == ".json":
+        return path
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise MissingError(f"{name} holds no config.json", hint="give the folder of a checkpoint")
+        return path / "config.json"
+    return resolve_model(name, files=["config.json"]) / "config.json"

@@ -31,8 +31,11 @@ VERBS = {
     "convert": "Write an adapter in another format.",
     "adapters": "List, sum, resize and compare adapters.",
     "export": "Export an ONNX graph: fp32, int8 or int4.",
+    "verify": "Hold an export against its checkpoint again.",
+    "generate": "Let an export continue a text, or answer.",
     "bench": "Measure latency, memory and quality of exports.",
     "eval": "Measure perplexity and divergence of checkpoints and exports.",
+    "estimate": "Sizes and memory of a model in every setting, from its config alone.",
     "inspect": "Say what a folder or file holds.",
     "doctor": "Check this installation.",
     "demo": "Train a small model and run the whole chain on it.",
@@ -86,8 +89,7 @@ def main() -> NoReturn:
     gc.set_threshold(200_000)  # importing torch makes objects that live on; collecting them every 700 costs 0.3 s a start
     arguments = sys.argv[1:]
     try:
-        group.main(arguments, prog_name="qlt", standalone_mode=False)
-        code = 0
+        code = run(arguments)
     except BaseException as error:
         if os.environ.get("QLT_DEBUG") and not isinstance(error, (SystemExit, click.exceptions.Exit)):
             raise
@@ -95,6 +97,12 @@ def main() -> NoReturn:
     _flush()
     gc.freeze()  # nothing is left to collect but what torch imported; walking that once more at exit takes another 0.3 s
     sys.exit(code)
+
+
+def run(arguments: list[str]) -> int:
+    """The exit code of the command that ``arguments`` spell: click hands over, instead of raising, the one that a command leaves with."""
+    code = group.main(arguments, prog_name="qlt", standalone_mode=False)
+    return code if isinstance(code, int) else 0
 
 
 def report(error: BaseException, *, as_json: bool = False) -> int:

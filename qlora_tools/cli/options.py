@@ -97,7 +97,7 @@ class HeadedCommand(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
-            if (record := parameter.get_help_record(ctx)) is not None:
+            if isinstance(parameter, click.Option) and (record := parameter.get_help_record(ctx)) is not None:
                 sections.setdefault(parameter.heading if isinstance(parameter, Headed) else "", []).append(record)
         for heading in sorted(sections, key=lambda heading: heading == ""):
             with formatter.section(heading or "Options"):

@@ -59,14 +59,19 @@ class Nodes:
         """:meth:`op` in ONNX Runtime's own domain."""
         return self.op(kind, *inputs, domain=CONTRIB, outputs=outputs, **attributes)
 
-    def stored(self, name: str, shape: Sequence[int] | None = None) -> ir.Value:
-        """The planned tensor ``name`` as an initializer in the external file. With ``shape``: a second view of the same bytes."""
-        label = name if shape is None else f"{name} as {'x'.join(map(str, shape))}"
+    def stored(self, name: str, shape: Sequence[int] | None = None, kind: ir.DataType | None = None, use: str = "") -> ir.Value:
+        """The planned tensor ``name`` as an initializer in the external file. With ``shape``, or for another ``use``: a second name for the same bytes.
+
+        ``kind`` is what the bytes are where no dtype of checkpoints says so (4-bit integers).
+        """
+        label = " ".join(part for part in (name, "" if shape is None else f"as {'x'.join(map(str, shape))}", use) if part)
         if label not in self._stored:
             spec = self._specs[name]
-            code = dtype(spec.dtype).onnx
-            assert code is not None, f"{spec} has no ONNX dtype"
-            kind, dims = ir.DataType(code), ir.Shape(shape or spec.shape)
+            if kind is None:
+                code = dtype(spec.dtype).onnx
+                assert code is not None, f"{spec} has no ONNX dtype"
+                kind = ir.DataType(code)
+            dims = ir.Shape(spec.shape if shape is None else shape)
             tensor = ir.ExternalTensor(self._location, self._offsets[name], spec.nbytes, kind, shape=dims, name=label)
             self._stored[label] = ir.Value(name=label, shape=dims, type=ir.TensorType(kind), const_value=tensor)
         return self._stored[label]

@@ -1,41 +1,61 @@
-"""Which weight format each matrix of a decoder gets, by scheme, provider and size.
+"""Which weight format each matrix of a decoder gets, by scheme, target and size.
 
-The choices rest on ``benchmarks/cpu_kernels.py``: on CPUs with 8-bit dot products the two-digit format runs
+CPU. The choices rest on ``benchmarks/cpu_kernels.py``: on CPUs with 8-bit dot products the two-digit format runs
 prefill several times faster than ``MatMulNBits`` at the same error; a small matrix is better off with the
 single node. Attention's matrices stay in blocks of 32 with zero points: the rounding of a weight is the same for
 every token, attention does not average it away as it does the rounding of activations, and with one scale per row
 these few matrices would make most of the divergence. ``MatMulBnb4`` is never used on the CPU: it dequantizes the whole matrix on every call, so ``nf4``
 is carried as int8 there.
+
+CUDA. There are no 8-bit activations: int8 and int4 are ``MatMulNBits`` in the shapes its tensor-core kernels take, symmetric, blocks of 32, rows
+padded to what they want. Columns that are not whole blocks go without those kernels, and without padding. ``nf4`` is ``MatMulBnb4``, in the
+checkpoint's own bytes where it has them; tables and head, which have no such bytes, are int8.
+
+Plain ONNX. ``DequantizeLinear`` before ``MatMul``, which ONNX Runtime fuses into ``MatMulNBits`` and others run as they can.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from qlora_tools.errors import UnsupportedError
+from qlora_tools.errors import UnsupportedError, UsageError
 from qlora_tools.export.formats.blocks import Blocks
 from qlora_tools.export.formats.dense import Dense
 from qlora_tools.export.formats.digits import Digits
 from qlora_tools.export.formats.format import WeightFormat
-from qlora_tools.export.target import CPU, Target
+from qlora_tools.export.formats.normal_floats import NormalFloats
+from qlora_tools.export.formats.standard_blocks import StandardBlocks
+from qlora_tools.export.target import COMPUTE, CPU, Target
 
-NAMES = ("fp32", "int8", "int4", "nf4")
+#: Schemes that do not round, and the dtype that a graph of each computes in.
+FLOATS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+NAMES = (*FLOATS, "int8", "int4", "nf4")
 #: Below this many weights the single MatMulNBits node decodes faster than the two-digit group of nodes.
 SMALL = 1 << 18
+_BLOCK = 32
+#: Rows that CUDA's mixed-precision kernels want a multiple of, by bits.
+_CUDA_ROWS = {4: 64, 8: 32}
+#: Columns that CUDA's kernels for experts want in a block.
+_CUDA_EXPERT_BLOCK = 64
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """``name`` is what was asked for, ``carried`` what the weights are stored as; ``note`` says so where the two differ."""
+    """``name`` is what was asked for, ``carried`` what the weights are stored as; ``note`` says what is worth knowing about that."""
 
     name: str
     carried: str
     note: str | None = None
+    target: Target = CPU
 
     def linear(self, role: str, rows: int, columns: int) -> WeightFormat:
         """Format of a linear in a layer (roles of ``models.decoder``) or of an untied ``head``."""
-        if self.carried == "fp32":
-            return Dense()
+        if self.dense:
+            return Dense(self.target.compute, self.target.compute)
+        if self.target.standard:
+            return StandardBlocks(self._bits, compute=self.target.compute)
+        if self.target.provider == "cuda":
+            return self._cuda_linear(role, columns)
         if self.carried == "int4":
             return Blocks(4)
         if role in ("qkv", "output") or (role != "head" and rows * columns < SMALL):
@@ -43,33 +63,94 @@ class Scheme:
         return Digits()
 
     def tied(self, rows: int, columns: int) -> WeightFormat:
-        """Format of one table that is both embedding and head."""
+        """Format of one table that is both embedding and head. Plain ONNX looks no 4-bit values up, so it is 8 bits there."""
+        if self.target.standard and not self.dense:
+            return StandardBlocks(8, compute=self.target.compute)
         form = self.linear("head", rows, columns)
         return replace(form, remainder=True) if isinstance(form, Digits) else form
 
     def packs_feed(self, rows: int, columns: int) -> bool:
-        """Whether gate and up are one matrix. Two spare the two-digit format a copy that costs more than the node it saves."""
-        return self.carried != "fp32" and not isinstance(self.linear("gate_up", rows, columns), Digits)
+        """Whether gate and up are one matrix. Apart they spare the copies of the halves; MatMulNBits on the CPU is the faster for the single pass."""
+        return isinstance(self.linear("gate_up", rows, columns), Blocks) and self.target.provider == "cpu"
+
+    def expert(self, *columns: int) -> WeightFormat:
+        """Format of the matrices of experts, which read ``columns`` inputs: one that a single node for all of them takes, where there is such a node."""
+        if self.dense or self.target.standard:
+            return self.linear("expert", 0, columns[0])
+        if self.target.provider == "cuda":
+            whole = all(size % _CUDA_EXPERT_BLOCK == 0 for size in columns)
+            return Blocks(self._bits, _CUDA_EXPERT_BLOCK if whole else _BLOCK, compute=self.target.compute)
+        return Blocks(self._bits, zeros=self._bits == 8)
 
     def table(self, dtype: str) -> WeightFormat:
         """Format of an embedding that is only looked up; ``dtype`` is what the checkpoint stores."""
-        if self.carried == "fp32":
-            return Dense()
+        compute = self.target.compute
+        if self.dense:
+            return Dense(compute, compute)
+        if self.target.standard:
+            return Dense(stored=dtype if dtype in ("BF16", "F16") else compute, compute=compute)
+        if self.target.provider == "cuda":
+            return Blocks(8, _BLOCK, compute=compute)
         if self.carried == "int4":
             return Blocks(8)
         return Dense(stored=dtype if dtype in ("BF16", "F16") else "F32")
+
+    @property
+    def dense(self) -> bool:
+        """Whether weights are stored as floats."""
+        return self.carried in FLOATS
+
+    @property
+    def _bits(self) -> int:
+        return 4 if self.carried == "int4" else 8
+
+    def _cuda_linear(self, role: str, columns: int) -> WeightFormat:
+        compute = self.target.compute
+        if self.carried == "nf4" and role != "head" and NormalFloats.fits(columns):
+            return NormalFloats(compute)
+        return Blocks(self._bits, _BLOCK, compute=compute, multiple=_CUDA_ROWS[self._bits] if columns % _BLOCK == 0 else 1)
+
+
+def target_for(scheme: str, provider: str, *, compute: str | None = None, standard: bool = False) -> Target:
+    """The target that ``scheme`` is drawn for on ``provider``. ``compute``: F16 or BF16 for quantized weights on CUDA; float schemes say it themselves.
+
+    Raises:
+        UnsupportedError: the provider cannot compute so. UsageError: ``compute`` contradicts the scheme.
+    """
+    wanted = FLOATS.get(scheme)
+    if wanted is not None and compute is not None and compute != wanted:
+        raise UsageError(f"{scheme} weights in a graph that computes in {compute}", hint=f"leave the dtype out: {scheme} computes in {wanted}")
+    if provider in COMPUTE and wanted is not None and wanted not in COMPUTE[provider] and not standard:
+        offered = " or ".join(name for name, kind in FLOATS.items() if kind in COMPUTE[provider])
+        reason = "its attention operator takes 16-bit floats only" if provider == "cuda" else "it has no 16-bit matrix product"
+        raise UnsupportedError(f"{provider} graphs do not compute in {scheme}: {reason}", hint=f"choose {offered}")
+    return Target(provider, wanted or compute or (COMPUTE[provider][0] if provider in COMPUTE else "F32"), standard)
+
+
+def default_scheme(target: Target) -> str:
+    """The scheme that stores weights as the target computes."""
+    return next(name for name, kind in FLOATS.items() if kind == target.compute)
 
 
 def scheme_of(name: str, target: Target = CPU) -> Scheme:
     """The scheme ``name`` in graphs for ``target``.
 
     Raises:
-        UnsupportedError: no such scheme, or a target without graphs yet.
+        UnsupportedError: no such scheme, or floats that the target does not compute in.
     """
-    if target.provider != "cpu":
-        raise UnsupportedError(f"no export for provider `{target.provider}` yet", hint="providers: cpu")
     if name not in NAMES:
         raise UnsupportedError(f"no scheme `{name}`", hint=f"schemes: {', '.join(NAMES)}")
-    if name == "nf4":
-        return Scheme(name, "int8", note="nf4 has no fast kernel on the CPU; its values are carried as int8")
-    return Scheme(name, name)
+    if name in FLOATS and FLOATS[name] != target.compute:
+        raise UnsupportedError(f"{name} in a graph that computes in {target.compute}", hint=f"choose {default_scheme(target)}")
+    if name != "nf4":
+        return Scheme(name, name, target=target)
+    if target.standard:
+        return Scheme(name, "int8", "nf4 has no form in plain ONNX; its values are carried as int8", target)
+    if target.provider == "cpu":
+        return Scheme(name, "int8", "nf4 has no fast kernel on the CPU; its values are carried as int8", target)
+    return Scheme(
+        name,
+        "nf4",
+        "nf4 is the slowest of the quantized schemes on CUDA: several tokens at once dequantize whole matrices; int8 carries its values too",
+        target,
+    )

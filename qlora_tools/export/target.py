@@ -12,6 +12,8 @@ from qlora_tools.specs import dtype
 PROVIDERS = ("cpu", "cuda")
 #: dtypes (safetensors' names) that each provider's kernels compute in, the preferred one first. The CPU has no 16-bit MatMul, CUDA no fp32 attention.
 COMPUTE = {"cpu": ("F32",), "cuda": ("F16", "BF16")}
+#: Plain ONNX: no bf16, DequantizeLinear scales with fp32 and fp16 only.
+STANDARD = ("F32", "F16")
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,10 @@ class Target:
     def __post_init__(self) -> None:
         if self.provider not in PROVIDERS:
             raise UnsupportedError(f"no export for provider `{self.provider}`", hint=f"providers: {', '.join(PROVIDERS)}")
-        if self.compute not in COMPUTE[self.provider] and not self.standard:
-            raise UnsupportedError(f"{self.provider} graphs do not compute in {self.compute}", hint=f"choose {' or '.join(COMPUTE[self.provider])}")
+        allowed = STANDARD if self.standard else COMPUTE[self.provider]
+        if self.compute not in allowed:
+            what = "plain ONNX" if self.standard else self.provider
+            raise UnsupportedError(f"{what} graphs do not compute in {self.compute}", hint=f"choose {' or '.join(allowed)}")
 
     @property
     def float_type(self) -> ir.DataType:
@@ -34,6 +38,11 @@ class Target:
         code = dtype(self.compute).onnx
         assert code is not None
         return ir.DataType(code)
+
+    @property
+    def logits_type(self) -> ir.DataType:
+        """dtype of the logits: fp32 where the graph computes in bf16, which hosts (numpy, onnxruntime-genai's search) do not read."""
+        return ir.DataType.FLOAT if self.compute == "BF16" else self.float_type
 
 
 CPU = Target()

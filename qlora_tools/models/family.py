@@ -8,6 +8,7 @@ A family file holds (only ``model_type`` and ``roles`` are required)::
     tied         module -> module whose weight it shares when the config says ``tie_word_embeddings``
     tied_default what ``tie_word_embeddings`` means when config.json does not hold it
     transposed   regular expressions of modules that store [in, out] (GPT-2's Conv1D)
+    bare         modules of a checkpoint that the live model gathers into bare parameters (routers, experts of a mixture)
     decoder      how the decoder is wired, for direct ONNX export; see ``models/decoder.py``
 
 A pattern matches a module path when it matches its whole tail: ``self_attn\\.q_proj`` matches
@@ -54,6 +55,7 @@ class Family:
     tied: Mapping[str, str] = field(default_factory=dict)
     tied_default: bool = False
     transposed: tuple[re.Pattern[str], ...] = ()
+    bare: tuple[re.Pattern[str], ...] = ()
     decoder: Mapping[str, Any] | None = None
 
     def role(self, module: str) -> str:
@@ -85,6 +87,14 @@ class Family:
         """True for the 2-D ``weight`` of a layer that multiplies activations: not an embedding, head or norm."""
         module, leaf = split_tensor(tensor_name)
         return leaf == "weight" and len(shape) == 2 and self.role(module) in _ADAPTABLE
+
+    def is_storable(self, tensor_name: str, shape: tuple[int, ...]) -> bool:
+        """True for a linear that a quantized checkpoint may hold in parts: its module is a linear of the live model too."""
+        return self.is_linear(tensor_name, shape) and not self.is_bare(split_tensor(tensor_name)[0])
+
+    def is_bare(self, module: str) -> bool:
+        """True for what the live model holds as bare parameters: transformers gathers experts while loading, and cannot gather codes."""
+        return self.role(module) == "expert" or any(pattern.search(module) for pattern in self.bare)
 
     def is_tied(self, config: Mapping[str, Any]) -> bool:
         """Whether the model's head and embedding are one weight, as this config has it."""
@@ -176,6 +186,7 @@ def _load(model_type: str) -> Family:
         tied=facts.get("tied", {}),
         tied_default=facts.get("tied_default", False),
         transposed=_patterns(facts.get("transposed", ())),
+        bare=_patterns(facts.get("bare", ())),
         decoder=facts.get("decoder"),
     )
 

@@ -2,8 +2,12 @@
 
 Frequencies follow the definitions that checkpoints are trained with (RoFormer, arXiv 2104.09864; linear
 interpolation, arXiv 2306.15595; the Llama 3.1 release's wavelength-dependent scaling; YaRN, arXiv
-2309.00071). Types whose frequencies depend on the length of the input (``dynamic``, ``longrope``) need
-another graph and are refused.
+2309.00071; LongRoPE, arXiv 2402.13753). ``dynamic``, whose frequencies change with every length, is refused.
+
+LongRoPE has two sets of frequencies, and the whole input takes the second once it is longer than the original
+length. A graph gets both as one table: rows ``[0, original)`` for short inputs, the rows from ``original`` on for
+long ones, and positions are shifted by ``original`` where the input is long (:attr:`Rope.switch`). Keys that were
+cached before an input outgrew the original length keep the rotation they had: a runtime has to run the input again.
 """
 
 from __future__ import annotations
@@ -16,20 +20,54 @@ from typing import Any
 import torch
 
 from qlora_tools.errors import IncompatibleError, UnsupportedError
+from qlora_tools.models.reading import ConfigReader, positive
+
+KINDS = ("default", "linear", "llama3", "yarn", "longrope")
+#: Config entries that one of the kinds above reads, or that say the same twice. Anything else would change the rotation unseen.
+_ENTRIES = frozenset(
+    [
+        "rope_type",
+        "type",
+        "rope_theta",
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+        "mscale",
+        "mscale_all_dim",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "truncate",
+        "partial_rotary_factor",
+        "short_factor",
+        "long_factor",
+        "short_mscale",
+        "long_mscale",
+    ]
+)
 
 
 @dataclass(frozen=True)
 class Rope:
-    """``kind`` is ``default``, ``linear``, ``llama3`` or ``yarn``; ``size`` is the even number of rotated dimensions per head."""
+    """``kind`` is one of :data:`KINDS`; ``size`` is the even number of rotated dimensions, at the beginning of each head.
+
+    ``factors`` are LongRoPE's divisors of the frequencies for short and for long inputs, and ``switch`` the longest input that counts as short
+    (``None``: there is but one set).
+    """
 
     kind: str
     theta: float
     size: int
     options: Mapping[str, float] = field(default_factory=dict)
+    factors: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    switch: int | None = None
 
-    def frequencies(self) -> torch.Tensor:
+    def frequencies(self, *, long: bool = False) -> torch.Tensor:
         """Radians per position, fp32 [size / 2]."""
         exponents = torch.arange(0, self.size, 2, dtype=torch.int64).to(torch.float32) / self.size
+        if self.factors is not None:
+            return 1.0 / (torch.tensor(self.factors[long], dtype=torch.float32) * self.theta**exponents)
         inverse = 1.0 / self.theta**exponents
         if self.kind == "linear":
             return inverse / self.options["factor"]
@@ -39,48 +77,100 @@ class Rope:
             return _yarn(inverse, self.theta, self.size, self.options)
         return inverse
 
+    def rows(self, max_positions: int) -> int:
+        """Rows of the table that serves inputs of up to ``max_positions``."""
+        return max_positions + (self.switch or 0)
+
     def caches(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines of positions ``[start, stop)``, each fp32 [positions, size / 2]."""
-        angles = torch.arange(start, stop, dtype=torch.float32)[:, None] * self.frequencies()[None, :]
+        """Cosines and sines of rows ``[start, stop)`` of the table, each fp32 [rows, size / 2]."""
+        rows = torch.arange(start, stop, dtype=torch.float32)[:, None]
+        angles = rows * self.frequencies()[None, :]
+        if self.switch is not None:
+            angles = torch.where(rows < self.switch, angles, (rows - self.switch) * self.frequencies(long=True)[None, :])
         scale = self.options.get("attention_factor", 1.0)
         return angles.cos() * scale, angles.sin() * scale
 
 
-def rope_of(values: Mapping[str, Any], head_size: int, max_positions: int) -> Rope:
-    """The rotation a config asks for, in the current layout (``rope_parameters``) or the older (``rope_theta``, ``rope_scaling``).
+def rope_entry(values: ConfigReader) -> Mapping[str, Any]:
+    """The rope entries in the current layout (``rope_parameters``) or the older one (``rope_scaling``); may be empty, or hold one per kind of layer."""
+    current, older = values.get("rope_parameters"), values.get("rope_scaling")
+    found = current or older or {}
+    if not isinstance(found, Mapping):
+        raise IncompatibleError(f"config.json: rope_parameters is {found!r}, expected an object")
+    return found
+
+
+def rope_of(
+    entry: Mapping[str, Any],
+    theta: Any,
+    values: ConfigReader,
+    head_size: int,
+    max_positions: int,
+    *,
+    partial: bool = False,
+    aliases: Mapping[str, str] | None = None,
+) -> Rope:
+    """The rotation that ``entry`` asks for; ``theta`` holds where the entry has no base of its own.
+
+    ``partial``: the family knows heads of which only a part is rotated. ``aliases``: the family's own names of kinds.
 
     Raises:
-        UnsupportedError: a rope type not listed above, or rotation of only a part of each head.
-        IncompatibleError: an entry that the type needs is missing, or the head size is odd.
+        UnsupportedError: a kind or an entry that has no graph here, or a part where the family has none.
+        IncompatibleError: an entry that the kind needs is missing or does not fit.
     """
-    entry = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
-    kind = str(entry.get("rope_type") or entry.get("type") or "default")
+    name = str(entry.get("rope_type") or entry.get("type") or "default")
+    kind = {"su": "longrope", **(aliases or {})}.get(name, name)
+    if kind not in KINDS:
+        raise UnsupportedError(f"rope type `{kind}` has no graph here", hint=f"supported: {', '.join(KINDS)}")
     if any(isinstance(value, Mapping) for value in entry.values()):
         raise UnsupportedError("rope parameters that differ between layers have no graph here")
-    if float(entry.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise UnsupportedError("partial_rotary_factor other than 1 has no graph here")
-    if head_size % 2:
-        raise IncompatibleError(f"head size {head_size} is odd and cannot be rotated in pairs")
-    theta = float(entry.get("rope_theta") or values.get("rope_theta") or 10_000.0)
-    original = entry.get("original_max_position_embeddings") or values.get("original_max_position_embeddings") or max_positions
-    if kind == "default":
-        return Rope(kind, theta, head_size)
+    unknown = sorted(key for key, value in entry.items() if value and key not in _ENTRIES)
+    if unknown:
+        raise UnsupportedError(f"rope entries {', '.join(unknown)} have no graph here", hint=f"known: {', '.join(sorted(_ENTRIES))}")
+    base = positive(entry.get("rope_theta") or theta or 10_000.0, "rope_theta")
+    size = _rotated(entry, values, head_size, partial=partial)
+    # the entry outside wins where a family has one: it is what the positions were trained with
+    outside = values.get("original_max_position_embeddings")
+    original = positive(outside or entry.get("original_max_position_embeddings") or max_positions, "original_max_position_embeddings")
     if kind == "linear":
-        return Rope(kind, theta, head_size, {"factor": _number(entry, "factor")})
+        return Rope(kind, base, size, {"factor": positive(entry.get("factor"), "factor")})
     if kind == "llama3":
-        return Rope(
-            kind, theta, head_size, {key: _number(entry, key) for key in ("factor", "low_freq_factor", "high_freq_factor")} | {"original": float(original)}
-        )
+        options = {key: positive(entry.get(key), key) for key in ("factor", "low_freq_factor", "high_freq_factor")}
+        return Rope(kind, base, size, options | {"original": original})
     if kind == "yarn":
-        return Rope(kind, theta, head_size, _yarn_options(entry, float(original), max_positions))
-    raise UnsupportedError(f"rope type `{kind}` has no graph here", hint="supported: default, linear, llama3, yarn")
+        return Rope(kind, base, size, _yarn_options(entry, original, max_positions))
+    if kind == "longrope":
+        return _longrope(entry, base, size, int(original), max_positions)
+    return Rope(kind, base, size)
 
 
-def _number(entry: Mapping[str, Any], key: str) -> float:
-    value = entry.get(key)
-    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-        raise IncompatibleError(f"config.json: rope entry `{key}` is {value!r}, expected a positive number")
-    return float(value)
+def _rotated(entry: Mapping[str, Any], values: ConfigReader, head_size: int, *, partial: bool) -> int:
+    """Rotated dimensions of each head."""
+    share = positive(entry.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1.0, "partial_rotary_factor")
+    if share != 1.0 and not partial:
+        raise UnsupportedError("partial_rotary_factor other than 1 has no graph in this family")
+    size = int(head_size * share)
+    if size % 2 or not 0 < size <= head_size:
+        what = f"head size {head_size}" if share == 1.0 else f"partial_rotary_factor {share} of head size {head_size}"
+        raise IncompatibleError(f"{what} is odd and cannot be rotated in pairs" if size % 2 else f"{what} rotates {size} dimensions")
+    return size
+
+
+def _longrope(entry: Mapping[str, Any], theta: float, size: int, original: int, max_positions: int) -> Rope:
+    short, long = (tuple(entry.get(key) or ()) for key in ("short_factor", "long_factor"))
+    for key, factors in (("short_factor", short), ("long_factor", long)):
+        if len(factors) != size // 2:
+            raise IncompatibleError(f"config.json: rope entry `{key}` has {len(factors)} numbers, expected {size // 2}")
+    for key in ("short_mscale", "long_mscale"):
+        if entry.get(key) not in (None, 1, 1.0):
+            raise UnsupportedError(f"rope entry `{key}` other than 1 has no graph here")
+    factor = positive(entry.get("factor") or max_positions / original, "factor")
+    scale = entry.get("attention_factor")
+    if scale is None:
+        scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    switch = original if max_positions > original else None
+    options = {"attention_factor": positive(scale, "attention_factor"), "original": float(original)}
+    return Rope("longrope", theta, size, options, (tuple(positive(x, "short_factor") for x in short), tuple(positive(x, "long_factor") for x in long)), switch)
 
 
 def _llama3(inverse: torch.Tensor, options: Mapping[str, float]) -> torch.Tensor:

@@ -176,6 +176,18 @@ class NF4:
             dequantize_blocks(packed, scales, state.blocksize, start, stop, out.view(-1), self.threads)
         return out
 
+    def blocks(self, spec: TensorSpec, parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(packed bytes uint8[ceil(n / 2)] as they are stored, fp32 scales [blocks] they are read with): for formats that keep the codes.
+
+        Raises:
+            CorruptError: the parts do not fit each other.
+        """
+        state = read_state(spec.name, parts[f"{spec.name}{STATE_SUFFIX}"])
+        packed, absmax, nested = _fitting_parts(spec, state, parts)
+        if nested is None:
+            return packed, absmax.float()
+        return packed, restore_absmax(absmax, nested, parts[f"{spec.name}.nested_quant_map"], state, 0, state.blocks)
+
     def describe(self, compute_dtype: str = "bfloat16") -> dict[str, object]:
         """``quantization_config`` of config.json, so that transformers loads the parts. It has no key for a block size; the parts carry it."""
         return {

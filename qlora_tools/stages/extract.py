@@ -359,7 +359,7 @@ class _Context:
 
     def codec_of(self, piece: Piece) -> Codec | None:
         """What stores the piece in the adapter's base: linears of some size, as ``stages/quantize.py`` takes them."""
-        takes = self.codec is not None and self.family.is_linear(piece.name, piece.spec.shape) and piece.spec.numel >= MIN_ELEMENTS
+        takes = self.codec is not None and self.family.is_storable(piece.name, piece.spec.shape) and piece.spec.numel >= MIN_ELEMENTS
         return self.codec if takes else None
 
 

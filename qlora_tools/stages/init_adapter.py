@@ -90,7 +90,7 @@ def plan_init(
     Raises:
         UsageError: a rank above a tensor's smaller side; targets that match nothing. IncompatibleError: statistics that lack a tensor.
     """
-    linears = [name for name, spec in base.specs.items() if family.is_linear(name, spec.shape) and spec.numel >= MIN_ELEMENTS]
+    linears = [name for name, spec in base.specs.items() if family.is_storable(name, spec.shape) and spec.numel >= MIN_ELEMENTS]
     chosen = set(family.targets(config.targets, [split_tensor(name)[0] for name in linears]))
     names = [name for name in linears if split_tensor(name)[0] in chosen]
     _check(names, base.specs, config, moments)

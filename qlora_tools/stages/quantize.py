@@ -44,12 +44,12 @@ class QuantizeReport:
 
 
 def quantized_names(source: Source, family: Family, codec: Codec | None, keep: Collection[str] = ()) -> list[str]:
-    """The tensors of ``source`` that ``codec`` will store: linears that are neither embedding nor head, nor named in ``keep``."""
+    """The tensors of ``source`` that ``codec`` will store: linears that are neither embedding nor head nor an expert's, nor named in ``keep``."""
     if codec is None:
         return []
 
     def fits(name: str, spec: TensorSpec) -> bool:
-        return family.is_linear(name, spec.shape) and spec.numel >= MIN_ELEMENTS and spec.torch_dtype.is_floating_point
+        return family.is_storable(name, spec.shape) and spec.numel >= MIN_ELEMENTS and spec.torch_dtype.is_floating_point
 
     return [name for name, spec in source.specs.items() if name not in keep and fits(name, spec)]
 
@@ -143,7 +143,7 @@ def quantization_config(codec: Codec | None, source: Source, family: Family, kee
 def _dense_linears(source: Source, family: Family, chosen: set[str]) -> Iterator[str]:
     for name, spec in source.specs.items():
         module, leaf = split_tensor(name)
-        if leaf == "weight" and len(spec.shape) == 2 and name not in chosen and family.role(module) != "embedding":
+        if leaf == "weight" and len(spec.shape) == 2 and name not in chosen and family.role(module) != "embedding" and not family.is_bare(module):
             yield module
     for tied in family.tied:
         if f"{tied}.weight" not in source.specs:

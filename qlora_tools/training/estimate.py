@@ -26,6 +26,7 @@ from torch import nn
 
 from qlora_tools.checkpoint.logical import LogicalCheckpoint
 from qlora_tools.live.base import build_empty, freezes
+from qlora_tools.live.footprint import LiveBytes, empty_tensors, without_content
 from qlora_tools.live.frozen import StoredWeight, freeze_layer
 from qlora_tools.lowrank.factors import LowRank
 from qlora_tools.progress import SILENT, Progress
@@ -34,7 +35,6 @@ from qlora_tools.quant.floats import TILE_ELEMENTS
 from qlora_tools.specs import TensorSpec, dtype_of
 from qlora_tools.training.allocator import available_bytes, resident_bytes
 from qlora_tools.training.config import TrainConfig
-from qlora_tools.training.footprint import LiveBytes, empty_tensors, without_content
 from qlora_tools.training.loss import IGNORED, Loss
 from qlora_tools.training.optimizers import Masters, make_optimizer
 from qlora_tools.training.rows import Batch
@@ -124,7 +124,7 @@ class Estimator:
     def _traced(self, config: TrainConfig, batch: Batch, checkpointing: bool) -> Estimate:
         subject = self.build(config)
         checkpointing = checkpointing and can_checkpoint(subject.model)
-        live = trace_step(subject, batch, config, device=self.device, checkpointing=checkpointing)
+        live = trace_step(subject, batch, config, device=traced_on(self.device), checkpointing=checkpointing)
         return Estimate(self.device, _parts(live, self.device, self.process_bytes), checkpointing, self)
 
     @cached_property
@@ -157,6 +157,11 @@ class Estimator:
                     sizes.append((words, self._traced(other, rows, checked).total_bytes))
                 task.advance(1, words)
         return sorted((pair for pair in sizes if pair[1] < found.total_bytes), key=lambda pair: pair[1])
+
+
+def traced_on(device: str) -> str:
+    """Where tensors without content are put for a figure of ``device``: small real ones need a device that is there. Sizes are the same."""
+    return device if not device.startswith("cuda") or torch.cuda.is_available() else "cpu"
 
 
 def estimator(

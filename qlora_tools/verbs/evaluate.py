@@ -51,7 +51,7 @@ class EvalResult:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model to judge: a checkpoint or export folder, with a PEFT adapter on it or none."""
+    """A model to judge: a checkpoint or export folder, with an adapter on it or none (PEFT's on a checkpoint, its own on an export)."""
 
     name: str
     folder: Path
@@ -80,7 +80,7 @@ def evaluate(
 ) -> EvalResult:
     """Judge every model (a checkpoint or export folder, or a hub id) on one text; ``against`` is the reference of KL and agreement.
 
-    ``adapters``: PEFT folders, each judged on the first model as one more candidate.
+    ``adapters``: PEFT folders, or names of the adapters that an export keeps; each is judged on the first model as one more candidate.
 
     Raises:
         IncompatibleError: tokenizers differ, so that no number could be compared; or an adapter is for another base.
@@ -113,16 +113,14 @@ def candidates_of(models: Sequence[str | Path], adapters: Sequence[str | Path], 
     """The models as given, then the first of them under each adapter, checked from headers alone before anything is loaded.
 
     Raises:
-        UsageError: no models, or the first is an export. And what reading an adapter for a base raises.
+        UsageError: no models, or the first is an export that keeps no adapters. And what reading an adapter for a base raises.
     """
     if not models:
         raise UsageError("no models to judge")
     candidates = [Candidate(str(model), resolve_model(str(model))) for model in models]
     base = candidates[0]
     if adapters and list(base.folder.glob("*.onnx")):
-        raise UsageError(
-            f"{base.name} is an export: no adapter can be put on it", hint="give a checkpoint first, or merge while exporting with `qlt export --merge`"
-        )
+        return [*candidates, *_kept(base, adapters)]
     for adapter in adapters:
         from qlora_tools.verbs.merging import open_merged
         from qlora_tools.verbs.quantize import codec_for
@@ -132,12 +130,23 @@ def candidates_of(models: Sequence[str | Path], adapters: Sequence[str | Path], 
     return candidates
 
 
+def _kept(export: Candidate, adapters: Sequence[str | Path]) -> list[Candidate]:
+    """An export under each of its own adapters."""
+    from qlora_tools.export.runtime.adapters import adapters_beside, find_adapter
+
+    if not adapters_beside(export.folder):
+        raise UsageError(
+            f"{export.name} is an export that keeps no adapters: none can be put on it",
+            hint="give a checkpoint first, or export with `qlt export --adapters` or `qlt export --merge`",
+        )
+    return [Candidate(f"{export.name} + {adapter}", export.folder, find_adapter(export.folder, adapter)) for adapter in adapters]
+
+
 def open_engine(folder: Path, device: str = "auto", adapter: Path | None = None) -> Any:
     """The runtime for a folder: ONNX Runtime for an export, transformers (fp32 unless quantized) for a checkpoint, with ``adapter`` on it."""
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     path, options = engine_of(folder, device)
     if adapter is not None:
-        assert path == TORCH_ENGINE, "an export's weights are fixed"
         options["adapter"] = str(adapter)
     return locate(path)(threads=threads, **options)
 

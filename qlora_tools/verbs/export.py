@@ -1,72 +1,100 @@
-"""``qlt export``: a checkpoint, or a base with its adapters merged in, as an ONNX graph that has passed a parity check."""
+"""``qlt export``: a checkpoint, or a base with adapters merged in or kept beside it, as an ONNX graph that has passed a parity check.
+
+A model of a family whose graph is drawn here gets that graph; any other is traced. What cannot be drawn with adapters beside it is refused.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_tools.checkpoint.folder import check_output, output_folder, seal
 from qlora_tools.checkpoint.logical import LogicalCheckpoint
 from qlora_tools.checkpoint.statistics import Statistics
-from qlora_tools.engine.plan import Source
-from qlora_tools.errors import UsageError
+from qlora_tools.errors import UnsupportedError, UsageError
+from qlora_tools.export.decoder.branches import Branches, Factors
 from qlora_tools.export.decoder.export import DecoderExport, plan_export, write_graph
 from qlora_tools.export.decoder.genai import write_genai_config
-from qlora_tools.export.target import COMPUTE, CPU, Target
+from qlora_tools.export.onnx_adapter import file_of
+from qlora_tools.export.schemes import FLOATS, NAMES, scheme_of, target_for
+from qlora_tools.export.target import COMPUTE, Target
 from qlora_tools.manifest import Manifest, canonical_json
 from qlora_tools.names import slug
 from qlora_tools.progress import SILENT, Progress
-from qlora_tools.verbs.merging import open_merged
-from qlora_tools.verbs.opening import copy_side_files, describe_input, folder_name, open_model, plain_config
-from qlora_tools.verbs.quantize import codec_for
+from qlora_tools.verbs.exporting import Drawn, Given, open_drawn
+from qlora_tools.verbs.opening import copy_side_files, resolve_device
 
 if TYPE_CHECKING:
     from qlora_tools.export.calibrated import Gain
     from qlora_tools.export.decoder.parity import Parity
+    from qlora_tools.export.traced.parity import TracedParity
+    from qlora_tools.verbs.export_traced import Traced
 
-SCHEMES = ("fp32", "int8", "int4", "nf4")
+SCHEMES = NAMES
+_DTYPES = {"fp16": "F16", "bf16": "BF16"}
+TEXT = "text-generation"
+
+
+@dataclass(frozen=True)
+class ExportedAdapter:
+    """One adapter that can be chosen at run time: its file, the ranks that its packed factors have, and how the graph computes with it."""
+
+    name: str
+    file: str
+    ranks: tuple[int, int]
+    adapter_bytes: int
+    parity: Parity | None
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What was (or would be) written. ``parity`` is ``None`` in a dry run or with ``verify=False``, ``calibration`` without ``calib``."""
+    """What was (or would be) written. ``parity`` is ``None`` in a dry run or with ``verify=False``, ``calibration`` without ``calib``. ``task``: what a
+    traced graph computes, ``None`` for a drawn one. ``branches``: matrices with a stored 16-bit branch; ``residual``: the one that was found by itself."""
 
     output: Path
     scheme: str
     carried: str
     note: str | None
     device: str
+    compute: str
+    standard: bool
+    task: str | None
     dry_run: bool
     file_bytes: int
-    parity: Parity | None
+    parity: Parity | TracedParity | None
     calibration: Gain | None
+    adapters: tuple[ExportedAdapter, ...]
+    branches: int
+    residual: Path | None
     seconds: float
 
 
 @dataclass(frozen=True)
-class _Drawn:
-    """What an export draws: the tensors, the config, the folder of its tokenizer, its name and its inputs. ``checkpoint``: itself, or the base."""
+class Request:
+    """What kind of graph was asked for: ``scheme`` ``None`` is the floats of the target; ``task`` ``None`` what the architecture is for."""
 
-    source: Source
-    checkpoint: LogicalCheckpoint
-    config: Mapping[str, Any]
-    side_files: Path
-    name: str
-    folders: tuple[Path, ...]
-    inputs: Mapping[str, Mapping[str, str]]
+    scheme: str
+    target: Target
+    task: str | None
 
 
 def export(
     *,
     model: str | Path | None = None,
     base: str | Path | None = None,
-    adapters: Sequence[tuple[str | Path, float]] = (),
+    adapters: Given = (),
+    keep: Given = (),
+    branch: Given = (),
+    residual: bool = True,
     target: str | None = None,
-    scheme: str = "fp32",
+    scheme: str | None = None,
+    dtype: str | None = None,
+    standard: bool = False,
+    task: str | None = None,
     calib: str | Path | None = None,
     verify: bool = True,
     output: Path | None = None,
@@ -75,56 +103,81 @@ def export(
     dry_run: bool = False,
     progress: Progress = SILENT,
 ) -> ExportResult:
-    """Export ``model``, or ``base`` with ``adapters`` merged in on the way, as ``scheme`` (``fp32``, ``int8``, ``int4``, ``nf4``).
+    """Export ``model``, or ``base`` with ``adapters`` merged in on the way, as ``scheme`` (``fp32``, ``fp16``, ``bf16``, ``int8``, ``int4``, ``nf4``).
 
-    ``calib``: a text, a file of ``qlt calibrate``, ``self`` or ``builtin``; weights are then rounded for what the layers read there. With adapters the
-    statistics are the base's. A dry run takes none.
+    ``keep``: adapters that become inputs of the graph, chosen at run time by the name of their folder; without one the graph computes the base.
+    ``branch``: adapters stored beside the weights in 16 bits, always on. ``residual=False`` leaves out the branch that a merge left beside the checkpoint.
+    ``device``, ``dtype`` (``fp16``, ``bf16``: of a CUDA graph with quantized weights) and ``standard`` (plain ONNX operators) say what the graph is for.
+    ``task``: of a traced model. ``calib``: a text, a file of ``qlt calibrate``, ``self`` or ``builtin``; weights are then rounded for what the layers
+    read there. With adapters the statistics are the base's. A dry run takes none.
 
     Raises:
-        UsageError: both or neither of ``model`` and ``base``; ``calib`` for fp32. UnsupportedError: a model without a graph. CheckFailed:
-        the exported graph does not compute what the checkpoint computes; nothing is left behind.
+        UsageError: both or neither of ``model`` and ``base``; ``calib`` for floats. UnsupportedError: a model without a graph, or an adapter that no
+        graph can keep. CheckFailed: the exported graph does not compute what the checkpoint computes; nothing is left behind.
     """
     began = time.perf_counter()
-    if (model is None) == (base is None):
-        raise UsageError(
-            "an export needs a model, or a base with adapters", hint="qlt export MODEL --int8, or qlt export --base BASE --adapter DIR --merge --int8"
-        )
-    drawn = _open(model, base, adapters, target, progress)
-    dest = output or Path("exports") / slug(f"{drawn.name.replace('+', '-')}-{scheme}")
+    drawn = open_drawn(model, base, adapters, keep, branch, target, residual, progress)
+    asked = _request(scheme, dtype, device, standard, task)
+    dest = output or Path("exports") / slug(f"{drawn.name.replace('+', '-')}-{asked.scheme}")
     check_output(dest, force=force, inputs=drawn.folders)
-    drawn_for = _target(device)
-    planned = plan_export(drawn.source, drawn.config, scheme, drawn_for)
-    if calib is not None and planned.scheme.carried == "fp32":
-        raise UsageError("fp32 weights are not rounded, so there is nothing to calibrate", hint="leave --calib out, or export with --int4 or --int8")
-    parity, calibration = None, None
+    if calib is not None and scheme_of(asked.scheme, asked.target).carried in FLOATS:
+        raise UsageError(f"{asked.scheme} weights are not rounded, so there is nothing to calibrate", hint="leave --calib out, or export with --int4 or --int8")
+    planned = plan_graph(drawn, asked, None, progress)
+    made = _Made()
     if not dry_run:
         with _statistics(drawn.checkpoint, calib, dest, progress) as statistics:
             if statistics is not None:
-                planned = plan_export(drawn.source, drawn.config, scheme, drawn_for, statistics)
+                planned = plan_graph(drawn, asked, statistics, progress)
             with output_folder(dest, force=force, inputs=drawn.folders) as folder:
-                calibration = _write(planned, drawn, folder, progress)
-                if verify:
-                    from qlora_tools.export.decoder.parity import check_parity  # brings ONNX Runtime with it
+                made = _write(planned, drawn, folder, verify, progress)
+                seal(folder, _manifest(planned, drawn, asked, made, statistics, merged=len(adapters)))
+    return _result(planned, drawn, asked, made, dest, dry_run, time.perf_counter() - began)
 
-                    parity = check_parity(planned, drawn.source, drawn.config, folder, progress=progress)
-                command = {"verb": "export", "scheme": scheme, "carried": planned.scheme.carried, "device": drawn_for.provider, "merged": len(adapters)}
-                report: dict[str, Any] = {"parity": asdict(parity) if parity else None}
-                if statistics is not None and calibration is not None:
-                    origin = statistics.origin
-                    report["calibration"] = {**asdict(calibration), "text": origin.text, "text_sha256": origin.text_sha256, "tokens": origin.tokens}
-                seal(folder, Manifest("export", command, inputs=drawn.inputs, report=report))
-    return ExportResult(
-        output=dest,
-        scheme=scheme,
-        carried=planned.scheme.carried,
-        note=planned.scheme.note,
-        device=drawn_for.provider,
-        dry_run=dry_run,
-        file_bytes=planned.file_bytes,
-        parity=parity,
-        calibration=calibration,
-        seconds=time.perf_counter() - began,
-    )
+
+@dataclass(frozen=True)
+class _Made:
+    """What writing and checking an export found."""
+
+    parity: Parity | TracedParity | None = None
+    calibration: Gain | None = None
+    with_adapter: Mapping[str, Parity] = field(default_factory=dict)
+    adapter_bytes: Mapping[str, int] = field(default_factory=dict)
+
+
+def _request(scheme: str | None, dtype: str | None, device: str, standard: bool, task: str | None) -> Request:
+    """``auto`` is CUDA where it is at hand and computes in the scheme's floats, the CPU elsewhere."""
+    if dtype is not None and dtype not in _DTYPES:
+        raise UsageError(f"--dtype {dtype}", hint=f"choose {' or '.join(_DTYPES)}")
+    compute = None if dtype is None else _DTYPES[dtype]
+    provider = device
+    if device == "auto":
+        provider = resolve_device(device)
+        if compute is not None or FLOATS.get(scheme or "") in ("F16", "BF16"):
+            provider = "cuda"
+        elif FLOATS.get(scheme or "") == "F32":
+            provider = "cpu"
+    if scheme is None:
+        scheme = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}[compute or COMPUTE[provider][0]]
+    return Request(scheme, target_for(scheme, provider, compute=compute, standard=standard), task)
+
+
+def plan_graph(drawn: Drawn, asked: Request, statistics: Statistics | None, progress: Progress) -> DecoderExport | Traced:
+    """The family's own graph where there is one, else a traced one."""
+    refused: UnsupportedError | None = None
+    if asked.task in (None, TEXT):
+        try:
+            return plan_export(drawn.source, drawn.config, asked.scheme, asked.target, statistics, drawn.beside)
+        except UnsupportedError as error:
+            refused = error
+    if drawn.beside.kept or drawn.beside.fixed:
+        raise refused or UnsupportedError(f"a graph for {asked.task} keeps no adapter beside it", hint="merge it: qlt export --adapter DIR --merge")
+    if statistics is not None:
+        raise UnsupportedError("traced graphs take no calibration", hint="leave --calib out") from refused
+    from qlora_tools.verbs.export_traced import plan_any
+
+    if refused is not None:
+        progress.note(f"this model is traced, for lack of a graph of its own: {refused}")
+    return plan_any(drawn.source, drawn.config, asked.scheme, asked.target, asked.task, progress)
 
 
 @contextmanager
@@ -139,34 +192,66 @@ def _statistics(checkpoint: LogicalCheckpoint, calib: str | Path | None, dest: P
         yield statistics
 
 
-def _write(planned: DecoderExport, drawn: _Drawn, folder: Path, progress: Progress) -> Gain | None:
-    """The graph and all that lies beside it."""
-    gain = write_graph(planned, drawn.source, folder, progress)
+def _write(planned: DecoderExport | Traced, drawn: Drawn, folder: Path, verify: bool, progress: Progress) -> _Made:
+    """The graph and all that lies beside it; with ``verify``, checked. Only the check needs ONNX Runtime, which is slow to load."""
     (folder / "config.json").write_bytes(canonical_json(dict(drawn.config)))
     copy_side_files(drawn.side_files, folder)
+    if isinstance(planned, DecoderExport):
+        return _write_decoder(planned, drawn, folder, verify, progress)
+    from qlora_tools.verbs.export_traced import write_any
+
+    return _Made(write_any(planned, drawn.source, folder, verify, progress))
+
+
+def _write_decoder(planned: DecoderExport, drawn: Drawn, folder: Path, verify: bool, progress: Progress) -> _Made:
+    gain = write_graph(planned, drawn.source, folder, progress)
     write_genai_config(planned, drawn.config, folder)
-    return gain
+    sizes = {name: file_of(folder, name).stat().st_size for name in planned.branches.kept}
+    if not verify:
+        return _Made(None, gain, {}, sizes)
+    from qlora_tools.export.decoder.parity import check_parity
+
+    alone, *others = (check_parity(planned, drawn.source, drawn.config, folder, adapter=name, progress=progress) for name in (None, *sizes))
+    return _Made(alone, gain, dict(zip(sizes, others, strict=True)), sizes)
 
 
-def _open(model: str | Path | None, base: str | Path | None, adapters: Sequence[tuple[str | Path, float]], target: str | None, progress: Progress) -> _Drawn:
-    if base is not None and adapters:
-        merged = open_merged(base, adapters, target, codec_for("nf4"), progress)
-        folders = (merged.checkpoint.folder, *merged.adapter_folders)
-        return _Drawn(merged.source, merged.checkpoint, merged.config, merged.checkpoint.folder, merged.name, folders, merged.inputs())
-    if adapters:
-        raise UsageError("adapters are merged into a base", hint="give the model as --base")
-    checkpoint = open_model(model or base or "", progress)
-    return _Drawn(
-        checkpoint,
-        checkpoint,
-        plain_config(checkpoint.config),
-        checkpoint.folder,
-        folder_name(checkpoint.folder),
-        (checkpoint.folder,),
-        {"model": describe_input(checkpoint)},
+def _manifest(planned: DecoderExport | Traced, drawn: Drawn, asked: Request, made: _Made, statistics: Statistics | None, *, merged: int) -> Manifest:
+    command: dict[str, Any] = {"verb": "export", "scheme": asked.scheme, "carried": planned.scheme.carried, "device": asked.target.provider, "merged": merged}
+    command |= {"compute": asked.target.compute, "standard": asked.target.standard}
+    report: dict[str, Any] = {"parity": asdict(made.parity) if made.parity else None}
+    if isinstance(planned, DecoderExport):
+        command |= {"kept": sorted(planned.branches.kept), "fixed": len(drawn.beside.fixed)}
+        report |= {"adapters": {name: {"parity": asdict(found)} for name, found in made.with_adapter.items()}} if made.with_adapter else {}
+    else:
+        command |= {"task": planned.task}
+    if statistics is not None and made.calibration is not None:
+        origin = statistics.origin
+        report["calibration"] = {**asdict(made.calibration), "text": origin.text, "text_sha256": origin.text_sha256, "tokens": origin.tokens}
+    return Manifest("export", command, inputs=drawn.inputs, report=report)
+
+
+def _result(planned: DecoderExport | Traced, drawn: Drawn, asked: Request, made: _Made, dest: Path, dry_run: bool, seconds: float) -> ExportResult:
+    branches = planned.branches if isinstance(planned, DecoderExport) else Branches()
+    return ExportResult(
+        output=dest,
+        scheme=asked.scheme,
+        carried=planned.scheme.carried,
+        note=planned.scheme.note if isinstance(planned, DecoderExport) else planned.note,
+        device=asked.target.provider,
+        compute=asked.target.compute,
+        standard=asked.target.standard,
+        task=None if isinstance(planned, DecoderExport) else planned.task,
+        dry_run=dry_run,
+        file_bytes=planned.file_bytes,
+        parity=made.parity,
+        calibration=made.calibration,
+        adapters=tuple(_adapter(name, factors, made) for name, factors in branches.kept.items()),
+        branches=len(branches.fixed),
+        residual=drawn.branch,
+        seconds=seconds,
     )
 
 
-def _target(device: str) -> Target:
-    """``auto`` is the CPU, whose graphs run everywhere."""
-    return CPU if device == "auto" else Target(device, COMPUTE.get(device, ("F32",))[0])
+def _adapter(name: str, factors: Mapping[str, Factors], made: _Made) -> ExportedAdapter:
+    ranks = [pair.rank for pair in factors.values()]
+    return ExportedAdapter(name, file_of(Path(), name).name, (min(ranks), max(ranks)), made.adapter_bytes.get(name, 0), made.with_adapter.get(name))

@@ -58,7 +58,7 @@ class HealConfig:
     windows: int = 256
     length: int = 256
     batch: int = 8
-    lr: float = 5e-4
+    lr: float = 1e-3
     held_out: int = 16
     seed: int = 0
 

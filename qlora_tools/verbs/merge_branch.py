@@ -9,8 +9,10 @@ import torch
 
 from qlora_tools.adapters.peft_files import task_type_of
 from qlora_tools.adapters.portable import CONV, LINEAR, Layer, Portable
-from qlora_tools.checkpoint.logical import open_checkpoint
+from qlora_tools.checkpoint.logical import LogicalCheckpoint, open_checkpoint
+from qlora_tools.errors import IncompatibleError
 from qlora_tools.lowrank.factors import LowRank
+from qlora_tools.manifest import read_manifest
 from qlora_tools.names import split_tensor
 from qlora_tools.verbs.adapter_files import save_peft, with_live_names
 from qlora_tools.verbs.merging import Merged
@@ -21,6 +23,21 @@ SUFFIX = "-branch"
 def branch_folder(checkpoint: Path) -> Path:
     """Where the branch of a merged checkpoint goes."""
     return checkpoint.with_name(checkpoint.name + SUFFIX)
+
+
+def branch_of(checkpoint: LogicalCheckpoint) -> Path | None:
+    """The branch that was left beside ``checkpoint`` when it was merged, as the branch's own manifest says; ``None`` without one.
+
+    Raises:
+        IncompatibleError: it was made for other weights than the checkpoint's.
+    """
+    folder = branch_folder(checkpoint.folder.resolve())
+    manifest = read_manifest(folder) if folder.is_dir() else None
+    if manifest is None or manifest.command.get("verb") != "merge" or "branch_rank" not in manifest.command:
+        return None
+    if manifest.inputs.get("base", {}).get("headers_sha256") != checkpoint.stored.headers_sha256():
+        raise IncompatibleError(f"{folder} is the branch of another checkpoint than {checkpoint.folder}", hint="merge again, or leave it out")
+    return folder
 
 
 def write_branch(found: Mapping[str, LowRank], merged: Merged, dest: Path, *, force: bool, inputs: Iterable[Path]) -> Path:

@@ -22,6 +22,7 @@ from qlora_tools.checkpoint.statistics import Statistics
 from qlora_tools.engine.plan import Plan, Source, Unit, copy_units
 from qlora_tools.errors import UnsupportedError, UsageError
 from qlora_tools.manifest import Manifest, sha256_file
+from qlora_tools.names import split_tensor
 from qlora_tools.progress import Progress
 from qlora_tools.quality.divergence import Divergence
 from qlora_tools.quality.intervals import ratio_interval
@@ -83,6 +84,9 @@ class QuantizeResult:
     kl: KlResult | None = None
     kept: tuple[str, ...] = ()
     frontier: tuple[FrontierPoint, ...] = ()
+    bare_tensors: int = 0
+    """Experts and routers of a mixture, which stay as they are: transformers cannot gather codes. Their bytes come next."""
+    bare_bytes: int = 0
 
 
 class _PlainIsBetter(Exception):
@@ -283,6 +287,7 @@ class Job:
         specs, quantized = self.source.specs, quantized_names(self.source, self.source.family, self.codec, self.kept)
         weights = sum(specs[name].numel for name in quantized)
         copied = sum(spec.nbytes for name, spec in specs.items() if name not in set(quantized))
+        bare = [spec.nbytes for name, spec in specs.items() if len(spec.shape) > 1 and self.source.family.is_bare(split_tensor(name)[0])]
         return QuantizeResult(
             output=self.dest,
             scheme=self.codec.name,
@@ -300,6 +305,8 @@ class Job:
             kl=self.kl,
             kept=self.kept,
             frontier=self.frontier,
+            bare_tensors=len(bare),
+            bare_bytes=sum(bare),
         )
 
 

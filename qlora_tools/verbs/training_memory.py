@@ -58,15 +58,15 @@ def heads_of(model: nn.Module, checkpoint: LogicalCheckpoint, task: str) -> Iter
 
 
 def adapter_of(
-    checkpoint: LogicalCheckpoint, made: Data, ranks: Mapping[str, int], dtype: torch.dtype, teacher: LogicalCheckpoint | None
+    checkpoint: LogicalCheckpoint, task: str, ranks: Mapping[str, int], dtype: torch.dtype, teacher: LogicalCheckpoint | None
 ) -> Callable[[nn.Module, TrainConfig], Subject]:
     """What makes an empty base the subject of a step, as the run does."""
 
     def adapt(model: nn.Module, chosen: TrainConfig) -> Subject:
-        heads = heads_of(model, checkpoint, made.task)
-        adapted = inject(model, ranks, chosen, TASK_TYPES[made.task], heads=heads, originals=lambda path: torch.empty(0), dtype=dtype)
+        heads = heads_of(model, checkpoint, task)
+        adapted = inject(model, ranks, chosen, TASK_TYPES[task], heads=heads, originals=lambda path: torch.empty(0), dtype=dtype)
         settle_forward(adapted, chosen, rounding=lambda path, dense_OI: dense_OI)
-        if made.task != "language":
+        if task != "language":
             return Subject(adapted, label_loss)
         if teacher is None:
             return Subject(adapted, LanguageLoss(model))
@@ -82,6 +82,6 @@ def estimate_run(
 ) -> Estimate:
     """Peak memory of the run that these would start."""
     dtype = compute_dtype(config, device)
-    adapt = adapter_of(checkpoint, made, ranks, dtype, teacher)
+    adapt = adapter_of(checkpoint, made.task, ranks, dtype, teacher)
     batch = made.rows.batch([made.rows.longest()] * config.batch)
     return estimator(checkpoint, made.task, batch, config, adapt=adapt, codec_of=codec_of, dtype=dtype, device=device, labels=made.labels).estimate()

@@ -15,12 +15,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from qlora_tools.checkpoint.logical import LogicalCheckpoint
+from qlora_tools.live.footprint import LiveBytes, empty_tensors, without_content
 from qlora_tools.live.frozen import StoredWeight
 from qlora_tools.quant.codec import Codec
 from qlora_tools.specs import TensorSpec, dtype_of
 from qlora_tools.training.config import TrainConfig
 from qlora_tools.training.estimate import Subject, empty_base
-from qlora_tools.training.footprint import LiveBytes, empty_tensors, without_content
 from qlora_tools.training.order import batches
 from qlora_tools.training.rows import Batch
 from qlora_tools.verbs.training_data import Data
@@ -40,7 +40,7 @@ def seconds_per_step(
     batch = made.rows.batch(next(batches(len(made.rows), config.batch, config.seed)))
     model = empty_base(checkpoint, made.task, codec, dtype, made.labels)
     stored = sum(module.spec.numel for module in model.modules() if isinstance(module, StoredWeight) and module.codec is not None)
-    flops, size = step_work(adapter_of(checkpoint, made, ranks, dtype, teacher)(model, config), batch, device)
+    flops, size = step_work(adapter_of(checkpoint, made.task, ranks, dtype, teacher)(model, config), batch, device)
     products = flops * _seconds_per_flop(dtype, device, rows=max(1, min(2048, batch.targets.numel())))
     between = size * _seconds_per_byte(dtype, device)
     decoding = 2 * stored * (_seconds_per_weight(codec, dtype, device) if codec is not None else 0.0)  # forward and backward

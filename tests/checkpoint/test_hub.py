@@ -30,7 +30,7 @@ def test_hub_ids_are_downloaded_at_their_revision(monkeypatch, tmp_path, name, a
     monkeypatch.chdir(tmp_path)
     seen = []
     monkeypatch.setattr(hub, "_download", lambda *arguments: seen.append(arguments) or tmp_path)
-    assert hub.resolve_model(name) == tmp_path and seen == [asked]
+    assert hub.resolve_model(name) == tmp_path and [arguments[:2] for arguments in seen] == [asked]
 
 
 def test_only_data_files_are_fetched(monkeypatch, tmp_path):
@@ -52,3 +52,15 @@ def test_an_unreachable_hub_is_one_clear_line(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(MissingError, match="neither a folder here nor a repository.*no network$"):
         hub.resolve_model("org/name")
+
+
+def test_of_a_hub_id_only_the_config_is_fetched_where_it_is_enough(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(hub, "_download", lambda *arguments: seen.append(arguments) or tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert hub.resolve_config("org/name@v1") == tmp_path / "config.json"
+    assert seen == [("org/name", "v1", ["config.json"])]
+    (tmp_path / "mine.json").write_text("{}")
+    assert hub.resolve_config("mine.json").name == "mine.json"
+    with pytest.raises(MissingError, match=r"no config\.json"):
+        hub.resolve_config(str(tmp_path))

@@ -10,6 +10,7 @@ import torch
 
 from qlora_tools.export.decoder.export import plan_export, write_graph
 from qlora_tools.export.decoder.genai import write_genai_config
+from qlora_tools.export.target import CPU, Target
 from qlora_tools.specs import spec_of
 
 SIZES = {
@@ -25,6 +26,9 @@ SIZES = {
     "eos_token_id": 1,
     "pad_token_id": 2,
 }
+
+#: Sizes that a family's config does not have: it would keep them as strangers.
+WITHOUT = {"gpt2": ("num_key_value_heads", "intermediate_size")}
 
 
 @dataclass
@@ -60,18 +64,19 @@ def build(family: str, seed: int = 0, spread: float = 6.0, **changes) -> Tiny:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     torch.manual_seed(seed)
-    config = CONFIG_MAPPING[family](**{**SIZES, **changes})
+    sizes = {key: value for key, value in SIZES.items() if key not in WITHOUT.get(family, ())}
+    config = CONFIG_MAPPING[family](**{**sizes, **changes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         noise = torch.randn_like(parameter)
-        parameter.copy_((1 + 0.2 * noise if "norm" in name else 0.1 * noise if name.endswith("bias") else parameter * spread).bfloat16())
+        parameter.copy_((0.1 * noise if name.endswith("bias") else parameter + 0.2 * noise if parameter.ndim == 1 else parameter * spread).bfloat16())
     tensors = {name: tensor.bfloat16() for name, tensor in model.state_dict().items() if not (config.tie_word_embeddings and name == "lm_head.weight")}
     return Tiny(model, MemorySource(tensors), {**config.to_dict(), "architectures": [type(model).__name__]})
 
 
-def export(tiny: Tiny, folder, scheme: str = "fp32"):
+def export(tiny: Tiny, folder, scheme: str = "fp32", target: Target = CPU):
     """Export into ``folder``; the planned export."""
-    planned = plan_export(tiny.source, tiny.config, scheme)
+    planned = plan_export(tiny.source, tiny.config, scheme, target)
     write_graph(planned, tiny.source, folder)
     write_genai_config(planned, tiny.config, folder)
     return planned
@@ -89,10 +94,19 @@ def carry(tiny: Tiny, planned) -> Tiny:
 
     if planned.decoder.tied:
         model.lm_head.weight = torch.nn.Parameter(carried(planned.layout.head, model.lm_head.weight.detach().clone()), requires_grad=False)
+    tables, places = (planned.layout.embedding, planned.layout.positions), planned.decoder.stacked_places()
+
+    def own(name):
+        place = places.get(name)
+        if place is None:
+            return parameters[name]
+        return (parameters[place.tensor] if place.expert is None else parameters[place.tensor][place.expert])[place.start : place.stop]
+
     for matrix in planned.layout.matrices():
-        for module in matrix.modules:
-            weight = parameters[f"{module}.weight"]
-            weight.copy_(carried(matrix, weight.detach(), looked_up=matrix is planned.layout.embedding))
+        for piece in matrix.pieces:
+            weight = own(f"{piece.module}.weight").detach()
+            rows = (weight.T if piece.transposed else weight)[piece.first : piece.first + piece.rows]
+            rows.copy_(carried(matrix, rows.contiguous(), looked_up=matrix in tables))
     return Tiny(model, tiny.source, tiny.config)
 
 

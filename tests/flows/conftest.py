@@ -39,8 +39,7 @@ def qlt(here, capfd):
         capfd.readouterr()
         arguments = [str(word) for word in words]
         try:
-            cli.group.main(arguments, prog_name="qlt", standalone_mode=False)
-            code = 0
+            code = cli.run(arguments)
         except BaseException as error:
             code = cli.report(error, as_json="--json" in arguments)
             if code == 70:

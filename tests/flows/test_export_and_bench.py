@@ -133,9 +133,18 @@ def test_a_dry_run_writes_nothing(qlt, here, llama):
     assert done.code == 0 and done.json["dry_run"] and done.json["file_bytes"] > 0 and files(here) == set()
 
 
-def test_cuda_graphs_are_refused_by_name(qlt, here, llama):
-    done = qlt("export", llama, "--int8", "--device", "cuda")
-    assert done.code in (2, 8) and "cuda" in done.err and files(here) == set()
+def test_floats_that_a_provider_does_not_compute_in_are_refused_by_name(qlt, here, llama):
+    for words in (("--fp32", "--device", "cuda"), ("--fp16", "--device", "cpu"), ("--int8", "--device", "cpu", "--dtype", "bf16")):
+        done = qlt("export", llama, *words)
+        assert done.code in (2, 8) and words[2] in done.err and files(here) == set()
+
+
+def test_a_cuda_graph_is_made_where_there_is_no_gpu(qlt, here, llama):
+    done = qlt("export", llama, "--int8", "--device", "cuda", "--dtype", "bf16", "--json")
+    assert done.code == 0, done.err
+    assert (done.json["device"], done.json["compute"], done.json["scheme"]) == ("cuda", "BF16", "int8") and done.json["parity"]["kl_mean"] < 0.1
+    plain = qlt("export", llama, "--device", "cuda", "--json")
+    assert (plain.json["compute"], plain.json["scheme"]) == ("F16", "fp16")
 
 
 def test_a_setting_that_cannot_run_keeps_its_row(qlt, here, llama, text):
@@ -191,3 +200,10 @@ def test_inspect_tells_every_kind_of_folder(qlt, here, llama, tuned):
 def test_doctor_is_healthy_where_the_tests_run(qlt):
     done = qlt("doctor", "--json")
     assert done.code == 0 and done.json["healthy"] and {check["name"] for check in done.json["checks"]} >= {"torch", "codecs", "onnxruntime"}
+
+
+def test_doctor_exits_with_one_where_something_is_broken(qlt, monkeypatch):
+    from qlora_tools.verbs import doctor
+
+    monkeypatch.setattr(doctor, "_torch", lambda: ("fail", "not there", None))
+    assert qlt("doctor").code == 1

@@ -5,20 +5,15 @@ import torch
 
 from qlora_tools.errors import IncompatibleError, UnsupportedError
 from qlora_tools.models.decoder import decoder_of
+from tests.models.decoder_configs import FAMILIES, LLAMA, config_of, hf_config
 
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 100,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-    "tie_word_embeddings": True,
+#: Options that change which tensors a family has.
+BIASES = {
+    **{family: {"attention_bias": True} for family in ("qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "olmo3")},
+    **{family: {"attention_bias": True, "mlp_bias": True} for family in ("llama", "granite", "smollm3")},
+    "seed_oss": {"attention_bias": False, "attention_out_bias": True, "mlp_bias": True},
+    "starcoder2": {"use_bias": False},
+    "gpt2": {"n_inner": 80},
 }
 
 
@@ -30,78 +25,120 @@ def test_a_llama_config_becomes_sizes_and_names():
     assert shapes["model.layers.0.mlp.down_proj.weight"] == (64, 96) and "lm_head.weight" not in shapes and len(shapes) == 3 * 9 + 2
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
 def test_expected_tensors_are_exactly_those_of_the_transformers_model(family, tied):
     from transformers import AutoModelForCausalLM
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    sizes = {key: value for key, value in LLAMA.items() if key not in ("architectures", "model_type", "tie_word_embeddings")}
-    for biased in (False, True):
-        options = {"attention_bias": biased} if family in ("llama", "qwen3") else {}
-        config = CONFIG_MAPPING[family](**sizes, **options, tie_word_embeddings=tied)
+    for options in ({}, BIASES.get(family, {})):
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(hf_config(family, tie_word_embeddings=tied, **options))
         expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        assert decoder_of({**config.to_dict(), "architectures": [type(model).__name__]}).expected_shapes() == expected
+        found = decoder_of(config_of(family, tie_word_embeddings=tied, **options))
+        assert found.expected_shapes() == expected
 
 
-ROPES = [
-    {"rope_type": "default", "rope_theta": 50000.0},
-    {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
-    {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
-    {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32},
-    {
-        "rope_type": "yarn",
-        "rope_theta": 1e6,
-        "factor": 2.0,
-        "original_max_position_embeddings": 64,
-        "mscale": 0.7,
-        "mscale_all_dim": 1.0,
-        "beta_fast": 20,
-        "truncate": False,
-    },
-]
+def test_pieces_of_a_fused_linear_follow_each_other():
+    decoder = decoder_of(config_of("phi3"))
+    query, key, value, up = (decoder.piece(role, 1) for role in ("query", "key", "value", "up"))
+    assert query.module == key.module == value.module == "model.layers.1.self_attn.qkv_proj"
+    assert [(piece.first, piece.rows, piece.of) for piece in (query, key, value, up)] == [(0, 64, 128), (64, 32, 128), (96, 32, 128), (96, 96, 192)]
+    assert not query.whole and decoder.piece("output", 0).whole and not query.transposed
 
 
-@pytest.mark.parametrize("entry", ROPES, ids=lambda entry: entry["rope_type"])
-def test_rotation_is_that_of_transformers(entry):
-    from transformers import LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    config = LlamaConfig(**{**LLAMA, "rope_parameters": entry})
-    rotary = LlamaRotaryEmbedding(config)
-    cos, sin = rotary(torch.zeros(1, 1), torch.arange(128)[None])
-    found_cos, found_sin = decoder_of({**LLAMA, "rope_parameters": entry}).rope.caches(0, 128)
-    torch.testing.assert_close(found_cos, cos[0, :, :8], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found_sin, sin[0, :, :8], rtol=1e-5, atol=1e-5)
+def test_gpt2_stores_inputs_first_and_drops_its_prefix_where_the_checkpoint_does():
+    decoder = decoder_of(config_of("gpt2"))
+    assert decoder.piece("query", 0).transposed and not decoder.gated and decoder.has("positions")
+    bare = decoder.as_stored({"wte.weight", "h.0.ln_1.weight"})
+    assert "h.0.attn.c_attn.weight" in bare.expected_shapes() and bare.module("final_norm") == "ln_f" and bare.module("positions") == "wpe"
+    assert decoder.as_stored({"transformer.wte.weight"}) is decoder and decoder.as_stored(set()) is decoder
 
 
-def test_the_older_rope_layout_means_the_same():
-    new = decoder_of({**LLAMA, "rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}})
-    old = decoder_of({**LLAMA, "rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}})
-    assert new.rope == old.rope
+def test_a_decoder_that_is_cut_off_keeps_its_first_layers():
+    decoder = decoder_of(config_of("gemma3_text", sliding_window=8)).first(2, 50)
+    assert (decoder.layers, decoder.vocab, decoder.windows, decoder.rotary) == (2, 50, (8, 8), ("local", "local"))
+    assert decoder.expected_shapes()["model.embed_tokens.weight"] == (50, 64)
 
 
-def test_rotary_rows_in_pieces_are_the_whole():
-    rope = decoder_of(LLAMA).rope
-    whole = rope.caches(0, 100)
-    pieces = [torch.cat(pair) for pair in zip(rope.caches(0, 37), rope.caches(37, 100), strict=True)]
-    assert all(torch.equal(piece, part) for piece, part in zip(pieces, whole, strict=True))
+#: What published config.json files hold beside the sizes, abridged: nothing in them is refused.
+PUBLISHED = {
+    "Llama 2": ("llama", {"pretraining_tp": 1, "rope_scaling": None, "attention_bias": False, "initializer_range": 0.02}),
+    "SmolLM2": (
+        "llama",
+        {"is_llama_config": True, "rope_interleaved": False, "rope_theta": 130000, "transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}}},
+    ),
+    "Llama 3.2": (
+        "llama",
+        {
+            "head_dim": 16,
+            "mlp_bias": False,
+            "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 32, "rope_type": "llama3"},
+        },
+    ),
+    "Mistral 0.3": ("mistral", {"rope_theta": 1000000.0, "sliding_window": None, "attention_dropout": 0.0}),
+    "Qwen 2.5": ("qwen2", {"max_window_layers": 28, "sliding_window": 131072, "use_sliding_window": False, "use_mrope": False, "rope_theta": 1000000.0}),
+    "Qwen 3": ("qwen3", {"head_dim": 128, "attention_bias": False, "max_window_layers": 36, "sliding_window": None, "rope_scaling": None}),
+    "Phi 3.5 mini": (
+        "phi3",
+        {
+            "attention_bias": False,
+            "embd_pdrop": 0.0,
+            "original_max_position_embeddings": 64,
+            "rope_scaling": {"long_factor": [1.5] * 8, "short_factor": [1.0] * 8, "type": "longrope"},
+            "sliding_window": 262144,
+        },
+    ),
+    "Phi 4 mini": ("phi3", {"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "partial_rotary_factor": 0.75, "rope_scaling": None}),
+    "Gemma": ("gemma", {"head_dim": 16, "hidden_act": "gelu", "hidden_activation": None, "rope_scaling": None, "attention_bias": False}),
+    "Gemma 2": (
+        "gemma2",
+        {
+            "attn_logit_softcapping": 50.0,
+            "cache_implementation": "hybrid",
+            "final_logit_softcapping": 30.0,
+            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_activation": "gelu_pytorch_tanh",
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 4096,
+        },
+    ),
+    "Gemma 3": (
+        "gemma3_text",
+        {
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "query_pre_attn_scalar": 256,
+            "rope_local_base_freq": 10000,
+            "rope_scaling": None,
+            "sliding_window": 512,
+            "sliding_window_pattern": 6,
+        },
+    ),
+    "SmolLM 3": (
+        "smollm3",
+        {
+            "layer_types": ["full_attention"] * 3,
+            "max_window_layers": 28,
+            "no_rope_layer_interval": 4,
+            "no_rope_layers": [1, 1, 0],
+            "pretraining_tp": 2,
+            "rope_scaling": None,
+            "sliding_window": None,
+            "use_sliding_window": False,
+        },
+    ),
+    "OLMo 2": ("olmo2", {"rope_scaling": None, "rope_theta": 500000, "attention_bias": False}),
+    "Granite 3": ("granite", {"attention_multiplier": 0.0156, "embedding_multiplier": 12.0, "logits_scaling": 16.0, "residual_multiplier": 0.22}),
+    "GPT-2": ("gpt2", {"n_ctx": 128, "summary_type": "cls_index", "summary_use_proj": True, "task_specific_params": {"text-generation": {"do_sample": True}}}),
+}
 
 
-def test_windows_follow_the_families_rules():
-    qwen2 = {**LLAMA, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "sliding_window": 8}
-    assert decoder_of(qwen2).windows == (None, None, None)
-    assert decoder_of({**qwen2, "use_sliding_window": True, "max_window_layers": 1}).windows == (None, 8, 8)
-    assert decoder_of({**qwen2, "use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention", "full_attention"]}).windows == (
-        8,
-        None,
-        None,
-    )
-    mistral = {**LLAMA, "model_type": "mistral", "architectures": ["MistralForCausalLM"]}
-    assert decoder_of(mistral).windows == (4096,) * 3
-    assert decoder_of({**mistral, "sliding_window": None}).windows == (None,) * 3
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_nothing_in_published_configs_is_refused(name):
+    family, published = PUBLISHED[name]
+    config = {key: value for key, value in config_of(family).items() if key not in ("rope_parameters", "layer_types")}
+    found = decoder_of({**config, **published})
+    assert found.layers == 3 and (name != "Phi 4 mini" or found.ropes["global"].size == 12)
 
 
 @pytest.mark.parametrize(
@@ -110,11 +147,9 @@ def test_windows_follow_the_families_rules():
         ({"model_type": "mamba"}, "model_type `mamba`"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architecture `LlamaForSequenceClassification`"),
         ({"hidden_act": "relu2"}, "activation `relu2`"),
-        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope type `longrope`"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type `dynamic`"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ({"layer_types": ["full_attention", "linear_attention", "full_attention"]}, "layer_types holds linear_attention"),
         ({"model_type": "bert"}, "model_type `bert`"),
+        ({"attention_sink_size": 4}, "attention_sink_size=4, which has no graph"),
+        ({"residual_multiplier": 0.2}, "residual_multiplier=0.2"),
     ],
 )
 def test_what_has_no_graph_is_refused_by_name(changes, found):
@@ -123,15 +158,32 @@ def test_what_has_no_graph_is_refused_by_name(changes, found):
 
 
 @pytest.mark.parametrize(
+    ("family", "changes", "found"),
+    [
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        ("gemma3_text", {"attn_logit_softcapping": 20.0}, "attn_logit_softcapping=20.0"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention=True"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
+        ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights=False"),
+        ("smollm3", {"use_sliding_window": True}, "use_sliding_window=True"),
+        ("mistral", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types"),
+        ("llama", {"layer_types": ["sliding_attention"] * 3}, "sliding_attention"),
+    ],
+)
+def test_options_that_a_family_knows_and_no_graph_has_are_refused_by_name(family, changes, found):
+    with pytest.raises(UnsupportedError, match=found):
+        decoder_of({**config_of(family), **changes})
+
+
+@pytest.mark.parametrize(
     ("changes", "found"),
     [
         ({"hidden_size": None}, "hidden_size is None"),
         ({"vocab_size": "many"}, "vocab_size is 'many'"),
         ({"num_key_value_heads": 3}, "no multiple"),
-        ({"head_dim": 15}, "head size 15 is odd"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
-        ({"rope_scaling": {"type": "linear"}}, "`factor` is None"),
         ({"layer_types": ["full_attention"]}, "1 entries for 3 layers"),
+        ({"rms_norm_eps": 0}, "`rms_norm_eps` is 0"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(changes, found):

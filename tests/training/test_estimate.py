@@ -16,9 +16,9 @@ import torch
 
 from qlora_tools.checkpoint.logical import open_checkpoint
 from qlora_tools.live.base import load_base
+from qlora_tools.live.footprint import LiveBytes
 from qlora_tools.training import estimate as E
 from qlora_tools.training.config import TrainConfig
-from qlora_tools.training.footprint import LiveBytes
 from qlora_tools.training.fused import fuse
 from qlora_tools.training.lora import choose_modules, inject, rank_of
 from qlora_tools.training.loss import LanguageLoss, label_loss

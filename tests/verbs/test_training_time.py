@@ -41,7 +41,7 @@ def data(rows=8):
 
 def work(checkpoint, ranks, rows):
     model = empty_base(checkpoint, "language", codec_of(CONFIG), torch.bfloat16)
-    subject = adapter_of(checkpoint, data(), ranks, torch.bfloat16, None)(model, CONFIG)
+    subject = adapter_of(checkpoint, data().task, ranks, torch.bfloat16, None)(model, CONFIG)
     return step_work(subject, data().rows.batch(range(rows)), "cpu")
 
 

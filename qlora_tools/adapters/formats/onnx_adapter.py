@@ -1,11 +1,12 @@
 """ONNX Runtime adapters (``.onnx_adapter``): named tensors that the runtime feeds to a graph's inputs of the same names.
 
-The file itself says nothing about modules or scales, so this package has one rule, which its graphs share: per module
+The file itself says nothing about modules or scales. For graphs that keep modules apart this package has one rule: per module
 
 * ``<module>.lora_A`` [I, R] and ``<module>.lora_B`` [R, O], the scale multiplied into B, so that the graph computes
   ``x @ A @ B`` and adds it. An embedding has A [V, R] (gathered by token) and B [R, D].
 
-``<module>`` is the path in the Hugging Face checkpoint (``model.layers.0.self_attn.q_proj``). Other tools' names (``....lora_A.weight``,
+``<module>`` is the path in the Hugging Face checkpoint (``model.layers.0.self_attn.q_proj``). Graphs of ``qlt export`` multiply by packed matrices, and
+take adapters by those (``export/decoder/branches.py``). Other tools' names (``....lora_A.weight``,
 ``....lora_A.MatMul.weight``) carry a scale that only their graph knows, and are refused. Left out: DoRA, biases, replaced tensors,
 convolutions.
 """
@@ -21,17 +22,17 @@ from typing import Any
 
 import torch
 
+from qlora_tools.adapters.formats.onnx_file import open_adapter_file
 from qlora_tools.adapters.formats.targets import baked, by_module, checked_fit, in_base, kind_of, narrowed, refuse_beyond_factors, take_pair
 from qlora_tools.adapters.portable import Layer, Portable
 from qlora_tools.adapters.stored import NO_HINTS, Hints
-from qlora_tools.errors import CorruptError, MissingError, UnsupportedError, UsageError
+from qlora_tools.errors import CorruptError, UnsupportedError, UsageError
 from qlora_tools.specs import DTYPES, dtype_of
 from qlora_tools.specs import dtype as dtype_named
 
 FORMAT = "onnx_adapter"
 _KEY = re.compile(r"(?P<module>.+)\.(?P<slot>lora_A|lora_B)")
 _FOREIGN = re.compile(r".+\.lora_[AB](\.[A-Za-z]+)*\.weight")
-_IDENTIFIER = b"TORT"
 _VERSION = 1
 _STORED = {DTYPES[name].onnx: DTYPES[name] for name in ("F32", "F16", "BF16")}
 
@@ -48,22 +49,9 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         MissingError: no such file. CorruptError: not an adapter file, or sizes that the file cannot hold. UnsupportedError: a dtype
         other than fp32, fp16 or bf16.
     """
-    import onnxruntime
-
-    if not path.is_file():
-        raise MissingError(f"{path} is not a file")
-    file_bytes = path.stat().st_size
-    with path.open("rb") as file:
-        if file.read(8)[4:] != _IDENTIFIER:
-            raise CorruptError(f"{path} is not an .onnx_adapter file: its identifier `TORT` is missing")
-    try:
-        adapter = onnxruntime.AdapterFormat.read_adapter(str(path.resolve()))
-        parameters = adapter.get_parameters()
-    except Exception as error:  # the runtime raises RuntimeError and its own classes
-        raise CorruptError(f"{path} cannot be read as an .onnx_adapter file: {str(error).splitlines()[0]}", hint="fetch the file again") from error
+    adapter = open_adapter_file(path)
     metadata = {"format": FORMAT, "adapter_version": adapter.get_adapter_version(), "model_version": adapter.get_model_version()}
-    if sum(value.tensor_size_in_bytes() for value in parameters.values()) > file_bytes:
-        raise CorruptError(f"{path} states tensors larger than the file")
+    parameters = adapter.get_parameters()
     return metadata, {name: _copied(path, name, value) for name, value in parameters.items()}
 
 
@@ -95,13 +83,17 @@ def write(portable: Portable, path: Path, *, base_config: Mapping[str, Any] | No
     Raises:
         UnsupportedError: parts that cannot be graph inputs of this kind.
     """
+    save_tensors(render(portable, dtype=dtype), path)
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """An adapter file of ``tensors``, in the order of their names: the runtime's own order follows that of insertion."""
     import onnxruntime
 
     adapter = onnxruntime.AdapterFormat()
     adapter.set_adapter_version(_VERSION)
     adapter.set_model_version(_VERSION)
-    tensors = render(portable, dtype=dtype)
-    adapter.set_parameters({name: _value(tensor) for name, tensor in tensors.items()})
+    adapter.set_parameters({name: _value(tensors[name]) for name in sorted(tensors)})
     adapter.export_adapter(str(path.resolve()))
 
 

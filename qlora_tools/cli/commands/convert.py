@@ -11,6 +11,7 @@ EPILOG = examples(
     "qlt convert adapters/tuned-r16 --to gguf --base base/",
     "qlt convert style.safetensors --to diffusers -o style-diffusers",
     "qlt convert adapters/unet-lora --to kohya --component unet",
+    "qlt convert adapters/new --to onnx_adapter --base base/ --for exports/base-int4   # one more adapter for that graph",
 )
 
 
@@ -18,6 +19,7 @@ EPILOG = examples(
 @click.argument("adapter")
 @click.option("--to", required=True, metavar="peft|kohya|diffusers|gguf|mlx|onnx_adapter", help="The format to write.")
 @click.option("--base", metavar="MODEL", help="The model it belongs to; formats whose names depend on it need one.")
+@click.option("--for", "for_export", metavar="EXPORT", help="With --to onnx_adapter: for the graph of this export, which keeps adapters apart.")
 @click.option("--format", "format_name", metavar="NAME", help="Read it as this format instead of recognising it.")
 @click.option("--alpha", type=float, metavar="N", help="Alpha as it was in training, for files that store none.")
 @click.option("--rank", type=click.IntRange(min=1), metavar="N", help="Rank as it was in training: refused where a file without configuration says another.")

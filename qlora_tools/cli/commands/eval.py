@@ -25,7 +25,13 @@ EPILOG = examples(
 
 @click.command("eval", epilog=EPILOG)
 @click.argument("models", nargs=-1, required=True)
-@click.option("--adapter", "adapters", multiple=True, metavar="DIR", help="PEFT adapter to judge on the first of MODELS, as one more row; repeat for several.")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="DIR",
+    help="Adapter to judge on the first of MODELS, as one more row: a PEFT folder, or the name of one that an export keeps; repeat for several.",
+)
 @click.option("--against", metavar="MODEL", help="The reference: of KL divergence and top-1 agreement, or of the difference in shares.")
 @click.option(
     "--text",

@@ -89,6 +89,9 @@ def command(
     screen = common.screen
     screen.say(f"{result.quantized_tensors} linears to {result.scheme} at {result.bits_per_weight:.3f} bits per weight, {result.copied_tensors} tensors copied")
     screen.say(f"{megabytes(result.dense_bytes)} -> {megabytes(result.stored_bytes)}")
+    if result.bare_tensors:
+        kept = f"{plural(result.bare_tensors, 'tensor')} of experts and routers ({megabytes(result.bare_bytes)})"
+        screen.say(f"{kept} stay dense: transformers gathers them while loading and cannot gather codes; `qlt export` stores them in 4 or 8 bits")
     if result.relative_error is not None:
         screen.say(f"weight error ||Q(W) - W|| / ||W||: {percent(result.relative_error)}")
     _show_calibration(screen, result)

@@ -1,6 +1,7 @@
 """``genai_config.json``: how onnxruntime-genai finds its way round the graph.
 
-The model types of the exported families are the ones onnxruntime-genai knows by the same names. Search settings
+Families that onnxruntime-genai (0.18) knows by name go by it; it treats every other as ``decoder``, its plain decoder with a past per layer.
+``gpt2`` is among the others: that name there means an older layout, keys and values in one tensor and positions as an input. Search settings
 are the model's own generation settings where it has any, and neutral ones elsewhere.
 """
 
@@ -12,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from qlora_tools.export.decoder.export import MODEL_FILE, DecoderExport
+from qlora_tools.export.schemes import Scheme
+from qlora_tools.export.target import Target
 from qlora_tools.manifest import canonical_json
 
 FILE_NAME = "genai_config.json"
+_NAMED = frozenset(("gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3"))
 _NEUTRAL = {
     "diversity_penalty": 0.0,
     "do_sample": False,
@@ -67,12 +71,30 @@ def genai_config(export: DecoderExport, config: Mapping[str, Any], generation: M
                 "num_hidden_layers": decoder.layers,
                 "num_key_value_heads": decoder.kv_heads,
                 "outputs": {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"},
-                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "session_options": {"log_id": "onnxruntime-genai", **session_entries(export.scheme), "provider_options": provider_options(export.target)},
             },
             "eos_token_id": end,
             "pad_token_id": padding,
-            "type": decoder.model_type,
+            "type": decoder.model_type if decoder.model_type in _NAMED else "decoder",
             "vocab_size": decoder.vocab,
         },
-        "search": {**search, "max_length": decoder.max_positions, "past_present_share_buffer": True},
+        "search": {**search, "max_length": decoder.max_positions, "past_present_share_buffer": not export.target.standard},
     }
+
+
+def session_entries(scheme: Scheme) -> dict[str, str]:
+    """Config entries that the graph wants of a session. On CUDA: weights outside the arena, which would round their room up, and the tensor-core
+    kernels for 4 and 8 bits, which the runtime leaves off by itself. Names that onnxruntime-genai does not know it hands on as config entries.
+    """
+    if scheme.target.provider != "cuda":
+        return {}
+    entries = {"session.use_device_allocator_for_initializers": "1"}
+    return entries if scheme.dense else {**entries, "ep.cuda.fpa_intb_gemm": "1"}
+
+
+def provider_options(target: Target) -> list[dict[str, dict[str, str]]]:
+    """One record per provider, the preferred first. The strict mode sums the squares of a norm in fp32; without it 16-bit graphs sum in 16 bits.
+
+    Graph capture is not asked for here: onnxruntime-genai fails where it is refused, and our own runtime tries it unasked.
+    """
+    return [{"cuda": {"enable_skip_layer_norm_strict_mode": "1"}}] if target.provider == "cuda" else []

@@ -11,60 +11,76 @@ Legend: B batch, S new positions, P past positions, T = B * S.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from qlora_tools import __version__
-from qlora_tools.export.decoder.layout import Layer, Layout, Matrix
-from qlora_tools.export.dialects.contrib import Contrib
+from qlora_tools.export.decoder.branches import Branching
+from qlora_tools.export.decoder.experts import Products, draw_mixture
+from qlora_tools.export.decoder.layout import Layer, Layout
+from qlora_tools.export.decoder.matrices import Feed, Matrix, Mixture
+from qlora_tools.export.dialects import dialect_of
 from qlora_tools.export.dialects.dialect import AttentionCall, Dialect, NormCall, Rotary
 from qlora_tools.export.nodes import Nodes
 from qlora_tools.export.target import CPU, Target
 from qlora_tools.models.decoder import Decoder
+from qlora_tools.models.options import GLOBAL
 from qlora_tools.specs import TensorSpec
 
 DATA_FILE = "model.onnx.data"
-COS, SIN = "rotary.cos", "rotary.sin"
 KEEP = "num_logits_to_keep"
+#: Metadata entry of graphs that turn at other frequencies once a sequence is longer than this: what was cached before does not fit what comes after.
+SWITCH = "rotary_switch"
 _END = np.iinfo(np.int64).max
 
 
-def dialect_of(target: Target) -> Dialect:
-    """The operators that graphs for ``target`` are spelt in."""
-    return Contrib()
+def cache_names(kind: str) -> tuple[str, str]:
+    """Stored names of the cosines and sines of the rotation ``kind`` (a key of ``Decoder.ropes``)."""
+    base = "rotary" if kind == GLOBAL else f"rotary.{kind}"
+    return f"{base}.cos", f"{base}.sin"
 
 
-def build_graph(decoder: Decoder, layout: Layout, specs: Mapping[str, TensorSpec], offsets: Mapping[str, int], target: Target = CPU) -> ir.Model:
-    """The model whose initializers lie at ``offsets`` of :data:`DATA_FILE`."""
+def build_graph(
+    decoder: Decoder, layout: Layout, specs: Mapping[str, TensorSpec], offsets: Mapping[str, int], target: Target = CPU, kept: Collection[str] = ()
+) -> ir.Model:
+    """The model whose initializers lie at ``offsets`` of :data:`DATA_FILE`. ``kept``: matrices with adapter inputs, see :mod:`.branches`."""
     nodes = Nodes(specs, offsets, DATA_FILE, target)
     dialect = dialect_of(target)
     inputs, pasts = _inputs(decoder, target)
     ids, mask, keep = inputs[0], inputs[1], inputs[-1]
-    drawing = _Drawing(nodes, decoder, dialect, dialect.prepare(nodes, ids, mask))
-    normed, residual = _embed(drawing, layout, ids)
+    drawing = _Drawing(nodes, decoder, dialect, dialect.prepare(nodes, ids, mask), Branching(kept), ids)
+    stream = _Stream(drawing, _embed(drawing, layout))
     presents: list[ir.Value] = []
     for index, layer in enumerate(layout.layers):
         with nodes.scope(f"layers.{index}"):
-            attended, present = _attention(drawing, layer, index, normed, pasts[index])
+            attended, present = _attention(drawing, layer, index, stream.read("norm_before_attention", index), pasts[index])
             presents += present
-            normed, residual = _skip_norm(drawing, residual, attended, decoder.module("post_norm", index))
-            fed = _feed_forward(drawing, layer, normed)
-            last = index + 1 == decoder.layers
-            normed, residual = _skip_norm(drawing, residual, fed, decoder.module("final_norm") if last else decoder.module("input_norm", index + 1), last)
-    logits = _head(drawing, layout.head, normed, ids, keep)
+            stream.add(attended, "norm_after_attention", index)
+            stream.add(_feed_forward(drawing, layer.feed, stream.read("norm_before_feed", index)), "norm_after_feed", index)
+    normed = stream.read("final_norm")
+    logits = _head(drawing, layout.head, normed, keep)
+    assert drawing.branches.drawn >= set(kept), "an adapter's matrix was not multiplied by"
     graph = ir.Graph(
-        inputs,
+        [*inputs, *drawing.branches.inputs],
         [logits, *presents],
         nodes=nodes.nodes,
-        initializers=[*nodes.initializers, keep],
+        initializers=[*nodes.initializers, keep, *drawing.branches.inputs],
         opset_imports=dialect.domains(),
         name=decoder.model_type,
     )
-    return ir.Model(graph, ir_version=dialect.ir_version, producer_name="qlora-tools", producer_version=__version__)
+    switches = {rope.switch for rope in decoder.ropes.values() if rope.switch is not None}
+    return ir.Model(
+        graph,
+        ir_version=dialect.ir_version,
+        producer_name="qlora-tools",
+        producer_version=__version__,
+        metadata_props={SWITCH: str(min(switches))} if switches else {},
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,9 +91,50 @@ class _Drawing:
     decoder: Decoder
     dialect: Dialect
     shared: Any
+    branches: Branching
+    ids: ir.Value
 
     def norm(self, module: str) -> NormCall:
-        return NormCall("rms", f"{module}.weight", None, self.decoder.norm_epsilon)
+        described = self.decoder.norm
+        return NormCall(described.kind, f"{module}.weight", f"{module}.bias" if described.biased else None, described.epsilon)
+
+    def scaled(self, x: ir.Value, factor: float) -> ir.Value:
+        return x if factor == 1.0 else self.nodes.op("Mul", x, self.nodes.number(factor))
+
+    def capped(self, x: ir.Value, cap: float) -> ir.Value:
+        """cap * tanh(x / cap); 0 is no cap."""
+        return self.scaled(self.nodes.op("Tanh", self.scaled(x, 1 / cap)), cap) if cap else x
+
+
+class _Stream:
+    """What runs through all layers, [T, hidden]. A sum that is about to be normalised is left to the norm, which does both in one pass."""
+
+    def __init__(self, drawing: _Drawing, x: ir.Value) -> None:
+        self._drawing, self._x = drawing, x
+        self._added: ir.Value | None = None
+
+    def add(self, x: ir.Value, norm: str, layer: int) -> None:
+        """Add ``x``, after the norm of that role where the family has it."""
+        drawing = self._drawing
+        if drawing.decoder.has(norm):
+            module = drawing.decoder.module(norm, layer)
+            with drawing.nodes.scope(module.rpartition(".")[2]):
+                x = drawing.dialect.norm(drawing.nodes, x, drawing.norm(module))
+        self._added = drawing.scaled(x, drawing.decoder.scales.residual)
+
+    def read(self, norm: str, layer: int | None = None) -> ir.Value:
+        """The stream as a half sees it: after the norm of that role, where the family has it. Without a layer it is read for the last time."""
+        drawing, added = self._drawing, self._added
+        self._added = None
+        if not drawing.decoder.has(norm):
+            self._x = self._x if added is None else drawing.nodes.op("Add", self._x, added)
+            return self._x
+        module = drawing.decoder.module(norm, layer)
+        with drawing.nodes.scope(module.rpartition(".")[2]):
+            if added is None:
+                return drawing.dialect.norm(drawing.nodes, self._x, drawing.norm(module))
+            normed, self._x = drawing.dialect.skip_norm(drawing.nodes, self._x, added, drawing.norm(module), last=layer is None)
+            return normed
 
 
 def _value(name: str, kind: ir.DataType, *shape: int | str) -> ir.Value:
@@ -98,26 +155,29 @@ def _inputs(decoder: Decoder, target: Target) -> tuple[list[ir.Value], list[tupl
     return [ids, mask, *(value for pair in pasts for value in pair), keep], pasts
 
 
-def _embed(drawing: _Drawing, layout: Layout, ids: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """(normed, residual), each [T, hidden]."""
+def _embed(drawing: _Drawing, layout: Layout) -> ir.Value:
+    """The looked-up rows, scaled, and the learned positions: [T, hidden]."""
     nodes, decoder = drawing.nodes, drawing.decoder
     with nodes.scope("embedding"):
-        flat = nodes.op("Reshape", ids, nodes.constant([-1]))
-        x = layout.embedding.format.gather(nodes, flat, layout.embedding.name, decoder.hidden)
-        return drawing.dialect.norm(nodes, x, drawing.norm(decoder.module("input_norm", 0))), x
+        flat = nodes.op("Reshape", drawing.ids, nodes.constant([-1]))
+        x = drawing.scaled(layout.embedding.format.gather(nodes, flat, layout.embedding.name, decoder.hidden), decoder.scales.embedding)
+        if layout.positions is None:
+            return x
+        places = nodes.op("Reshape", _positions(drawing), nodes.constant([-1]))
+        return nodes.op("Add", x, layout.positions.format.gather(nodes, places, layout.positions.name, decoder.hidden))
+
+
+def _positions(drawing: _Drawing) -> ir.Value:
+    """int64 [B, S]: the number of each new token in its sequence."""
+    return drawing.nodes.once("positions", drawing.ids, lambda: (drawing.dialect.positions(drawing.nodes, drawing.shared),))[0]
 
 
 def _multiply(drawing: _Drawing, matrix: Matrix, x: ir.Value) -> ir.Value:
     nodes = drawing.nodes
     with nodes.scope(matrix.name.rpartition(".")[2]):
         bias = None if matrix.bias is None else nodes.stored(matrix.bias)
-        return matrix.format.multiply(nodes, x, matrix.name, matrix.total_rows, matrix.columns, bias)
-
-
-def _skip_norm(drawing: _Drawing, residual: ir.Value, added: ir.Value, module: str, last: bool = False) -> tuple[ir.Value, ir.Value]:
-    """(norm(residual + added), residual + added); after the last layer nobody needs the second."""
-    with drawing.nodes.scope(module.rpartition(".")[2]):
-        return drawing.dialect.skip_norm(drawing.nodes, residual, added, drawing.norm(module), last=last)
+        product = matrix.format.multiply(nodes, x, matrix.name, matrix.total_rows, matrix.columns, bias)
+        return drawing.branches.add(nodes, matrix, x, product)
 
 
 def _attention(drawing: _Drawing, layer: Layer, index: int, normed: ir.Value, past: tuple[ir.Value, ir.Value]) -> tuple[ir.Value, list[ir.Value]]:
@@ -134,10 +194,10 @@ def _attention(drawing: _Drawing, layer: Layer, index: int, normed: ir.Value, pa
         heads=decoder.heads,
         kv_heads=decoder.kv_heads,
         head_size=decoder.head_size,
-        scale=decoder.head_size**-0.5,
-        softcap=0.0,
+        scale=decoder.scales.attention,
+        softcap=decoder.scales.attention_softcap,
         window=decoder.windows[index],
-        rotary=Rotary(COS, SIN, decoder.rope.size),
+        rotary=_rotary(drawing, decoder.rotary[index]),
     )
     attended, *presents = drawing.dialect.attention(nodes, call, drawing.shared)
     cache = ("batch_size", decoder.kv_heads, "total_sequence_length", decoder.head_size)
@@ -146,8 +206,25 @@ def _attention(drawing: _Drawing, layer: Layer, index: int, normed: ir.Value, pa
     return _multiply(drawing, layer.output, attended), presents
 
 
+def _rotary(drawing: _Drawing, kind: str | None) -> Rotary | None:
+    """The rotation of a layer. Where long inputs turn at other frequencies than short ones, positions point at the rows for the length of the
+    longest sequence; it is counted from positions, since the mask of a captured step is as long as the buffer."""
+    if kind is None:
+        return None
+    nodes, rope = drawing.nodes, drawing.decoder.ropes[kind]
+    if rope.switch is None:
+        return Rotary(*cache_names(kind), rope.size)
+
+    def make() -> tuple[ir.Value, ...]:
+        places, limit = _positions(drawing), nodes.constant(rope.switch)
+        long = nodes.op("GreaterOrEqual", nodes.op("ReduceMax", places, keepdims=0), limit)
+        return (nodes.op("Add", places, nodes.op("Where", long, limit, nodes.constant(0))),)
+
+    return Rotary(*cache_names(kind), rope.size, nodes.once(f"rows of {kind}", drawing.ids, make)[0])
+
+
 def _queries(drawing: _Drawing, index: int, packed: ir.Value) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
-    """What attention gets as query, key, value: all three packed in the first, or normalised per head one by one."""
+    """What attention gets as query, key, value: all three packed in the first, or apart where queries and keys are normalised."""
     nodes, decoder = drawing.nodes, drawing.decoder
     if not decoder.head_norms:
         return packed, None, None
@@ -155,32 +232,50 @@ def _queries(drawing: _Drawing, index: int, packed: ir.Value) -> tuple[ir.Value,
     query, key, value = nodes.op("Split", packed, nodes.constant(sizes), axis=-1, outputs=3)
 
     def normalise(x: ir.Value, role: str) -> ir.Value:
-        heads = nodes.op("Reshape", x, nodes.constant([-1, decoder.head_size]))
-        return drawing.dialect.norm(nodes, heads, drawing.norm(decoder.module(role, index)))
+        if decoder.head_norms == "head":
+            x = nodes.op("Reshape", x, nodes.constant([-1, decoder.head_size]))
+        return drawing.dialect.norm(nodes, x, drawing.norm(decoder.module(role, index)))
 
     return normalise(query, "query_norm"), normalise(key, "key_norm"), value
 
 
-def _feed_forward(drawing: _Drawing, layer: Layer, normed: ir.Value) -> ir.Value:
-    nodes = drawing.nodes
-    if len(layer.feed) == 1:
-        gate, up = nodes.op("Split", _multiply(drawing, layer.feed[0], normed), nodes.constant([layer.down.columns] * 2), axis=-1, outputs=2)
+def _feed_forward(drawing: _Drawing, feed: Feed | Mixture, normed: ir.Value) -> ir.Value:
+    nodes, decoder = drawing.nodes, drawing.decoder
+    if isinstance(feed, Mixture):
+        assert decoder.experts is not None
+        products = Products(partial(_multiply, drawing), partial(_feed_forward, drawing))
+        return draw_mixture(nodes, feed, decoder.experts, normed, products)
+    first = _multiply(drawing, feed.into[0], normed)
+    if len(feed.into) == 2:
+        gate, up = first, _multiply(drawing, feed.into[1], normed)
+    elif feed.into[0].total_rows == 2 * feed.down.columns:
+        gate, up = nodes.op("Split", first, nodes.constant([feed.down.columns] * 2), axis=-1, outputs=2)
     else:
-        gate, up = (_multiply(drawing, matrix, normed) for matrix in layer.feed)
-    activated = drawing.dialect.activate(nodes, gate, "silu")
-    return _multiply(drawing, layer.down, nodes.op("Mul", activated, up))
+        return _multiply(drawing, feed.down, drawing.dialect.activate(nodes, first, decoder.activation))
+    activated = drawing.dialect.activate(nodes, gate, decoder.activation)
+    return _multiply(drawing, feed.down, nodes.op("Mul", activated, up))
 
 
-def _head(drawing: _Drawing, head: Matrix, normed: ir.Value, ids: ir.Value, keep: ir.Value) -> ir.Value:
+def _head(drawing: _Drawing, head: Matrix, normed: ir.Value, keep: ir.Value) -> ir.Value:
     """Logits [B, kept positions, vocab]."""
     nodes, decoder = drawing.nodes, drawing.decoder
     with nodes.scope("head"):
-        shape = nodes.op("Concat", nodes.op("Shape", ids), nodes.constant([decoder.hidden]), axis=0)
-        by_row = nodes.op("Reshape", normed, shape)
-        kept = nodes.op("Slice", by_row, nodes.op("Neg", keep), nodes.constant([_END]), nodes.constant([1]))
+        lengths = nodes.op("Shape", drawing.ids)
+        by_row = nodes.op("Reshape", normed, nodes.op("Concat", lengths, nodes.constant([decoder.hidden]), axis=0))
+        kept = nodes.op("Slice", by_row, _first_kept(nodes, lengths, keep), nodes.constant([_END]), nodes.constant([1]))
         flat = nodes.op("Reshape", kept, nodes.constant([-1, decoder.hidden]))
-        scores = _multiply(drawing, head, flat)
+        scores = drawing.capped(drawing.scaled(_multiply(drawing, head, flat), decoder.scales.logits), decoder.scales.logit_softcap)
         back = nodes.op("Concat", nodes.op("Slice", nodes.op("Shape", kept), nodes.constant([0]), nodes.constant([2])), nodes.constant([decoder.vocab]), axis=0)
-    logits = nodes.op("Reshape", scores, back, outputs=["logits"])
-    logits.shape, logits.type = ir.Shape(("batch_size", "logits_length", decoder.vocab)), ir.TensorType(nodes.target.float_type)
+    final = nodes.target.logits_type
+    if final == nodes.target.float_type:
+        logits = nodes.op("Reshape", scores, back, outputs=["logits"])
+    else:
+        logits = nodes.op("Cast", nodes.op("Reshape", scores, back), to=final, outputs=["logits"])
+    logits.shape, logits.type = ir.Shape(("batch_size", "logits_length", decoder.vocab)), ir.TensorType(final)
     return logits
+
+
+def _first_kept(nodes: Nodes, lengths: ir.Value, keep: ir.Value) -> ir.Value:
+    """int64 [1]: the first position whose logits are wanted; 0 where ``keep`` is 0. Reckoned from a shape so that it stays on the host on every provider."""
+    new = nodes.op("Slice", lengths, nodes.constant([1]), nodes.constant([2]))
+    return nodes.op("Mod", nodes.op("Sub", new, nodes.op("Min", keep, new)), new)

@@ -8,7 +8,7 @@ from typing import Any
 import onnx_ir as ir
 
 from qlora_tools.errors import UnsupportedError
-from qlora_tools.export.dialects.dialect import AttentionCall, NormCall
+from qlora_tools.export.dialects.dialect import AttentionCall, NormCall, lifted, parts_of, spread
 from qlora_tools.export.nodes import CONTRIB, Nodes
 
 
@@ -39,6 +39,14 @@ class Contrib:
             narrow = ir.DataType.INT32
             return _Lengths(nodes.op("Cast", last, to=narrow), nodes.op("Cast", total, to=narrow), nodes.op("Shape", ids_BS))
 
+    def positions(self, nodes: Nodes, shared: _Lengths) -> ir.Value:
+        """As the attention operator counts: a mask that is shorter than the prompt is padding on its right."""
+        zero, one = nodes.constant(0), nodes.constant(1)
+        new = nodes.op("Gather", shared.shape, one, axis=0)
+        length = nodes.op("Add", nodes.op("Cast", shared.last_B, to=ir.DataType.INT64), one)
+        past = nodes.op("Max", nodes.op("Sub", length, lifted(nodes, new)), zero)
+        return nodes.op("Add", nodes.op("Unsqueeze", past, nodes.constant([1])), nodes.op("Range", zero, new, one))
+
     def norm(self, nodes: Nodes, x_TH: ir.Value, call: NormCall) -> ir.Value:
         if call.kind == "layer":
             bias = None if call.bias is None else nodes.stored(call.bias)
@@ -65,8 +73,8 @@ class Contrib:
         raise UnsupportedError(f"activation `{kind}` has no operator here")
 
     def attention(self, nodes: Nodes, call: AttentionCall, shared: _Lengths) -> tuple[ir.Value, ir.Value, ir.Value]:
-        query, key, value = (None if part is None else _spread(nodes, part, shared.shape, size) for part, size in _parts(call))
-        caches = [] if call.rotary is None else [nodes.stored(call.rotary.cos), nodes.stored(call.rotary.sin)]
+        query, key, value = (None if part is None else spread(nodes, part, shared.shape, size) for part, size in parts_of(call))
+        caches = [] if call.rotary is None else [nodes.stored(call.rotary.cos), nodes.stored(call.rotary.sin), call.rotary.rows_BS]
         options: dict[str, Any] = {"do_rotary": int(call.rotary is not None), "rotary_interleaved": 0}
         if call.softcap:
             options["softcap"] = call.softcap
@@ -81,15 +89,3 @@ class Contrib:
             **options,
         )
         return nodes.op("Reshape", attended, nodes.constant([-1, call.heads * call.head_size])), presents[0], presents[1]
-
-
-def _parts(call: AttentionCall) -> list[tuple[ir.Value | None, int]]:
-    """Query, key and value with their features."""
-    query, other = call.heads * call.head_size, call.kv_heads * call.head_size
-    return [(call.query, query if call.key is not None else query + 2 * other), (call.key, other), (call.value, other)]
-
-
-def _spread(nodes: Nodes, x: ir.Value, batch_sequence: ir.Value, features: int) -> ir.Value:
-    """[T, features] -> [B, S, features]."""
-    (shape,) = nodes.once(f"shape {features}", batch_sequence, lambda: (nodes.op("Concat", batch_sequence, nodes.constant([features]), axis=0),))
-    return nodes.op("Reshape", x, shape)

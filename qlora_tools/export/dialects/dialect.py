@@ -23,13 +23,17 @@ class NormCall:
     epsilon: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rotary:
-    """Stored names of the caches [positions, size / 2]; ``size`` rotated dimensions at the beginning of each head."""
+    """Stored names of the caches [rows, size / 2]; ``size`` rotated dimensions at the beginning of each head.
+
+    ``rows_BS`` (int64) says which row of the caches each new token takes; without, that of its number in the sequence.
+    """
 
     cos: str
     sin: str
     size: int
+    rows_BS: ir.Value | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +66,9 @@ class Dialect(Protocol):
     def prepare(self, nodes: Nodes, ids_BS: ir.Value, mask_BT: ir.Value) -> Any:
         """What all layers' attention shares, computed once; handed to :meth:`attention` as ``shared``."""
 
+    def positions(self, nodes: Nodes, shared: Any) -> ir.Value:
+        """int64 [B, S]: the number of each new token in its sequence, as :meth:`attention` rotates it."""
+
     def norm(self, nodes: Nodes, x_TH: ir.Value, call: NormCall) -> ir.Value:
         """The norm over the last axis, whatever the rank of ``x_TH``."""
 
@@ -77,3 +84,21 @@ class Dialect(Protocol):
 
     def attention(self, nodes: Nodes, call: AttentionCall, shared: Any) -> tuple[ir.Value, ir.Value, ir.Value]:
         """(attended [T, heads * head_size], present key, present value), the presents named ``present.{layer}.key`` and ``.value``."""
+
+
+def parts_of(call: AttentionCall) -> list[tuple[ir.Value | None, int]]:
+    """Query, key and value with their features."""
+    query, other = call.heads * call.head_size, call.kv_heads * call.head_size
+    return [(call.query, query if call.key is not None else query + 2 * other), (call.key, other), (call.value, other)]
+
+
+def spread(nodes: Nodes, x: ir.Value, batch_sequence: ir.Value, features: int) -> ir.Value:
+    """[T, features] -> [B, S, features]."""
+    (shape,) = nodes.once(f"shape {features}", batch_sequence, lambda: (nodes.op("Concat", batch_sequence, nodes.constant([features]), axis=0),))
+    return nodes.op("Reshape", x, shape)
+
+
+def lifted(nodes: Nodes, scalar: ir.Value) -> ir.Value:
+    """A scalar reckoned from shapes, int64 [1], for arithmetic with tensors. Kernels of ``Range`` read on the host and write on the device, so that
+    this costs no copy between the two, which a captured graph may not hold."""
+    return nodes.op("Range", scalar, nodes.op("Add", scalar, nodes.constant(1)), nodes.constant(1))

@@ -1,7 +1,9 @@
 """The protocol of a weight format.
 
-Legend: O output features (rows of a stored weight), I input features, T tokens. Every part of every format
-has O as its first axis, so that packed projections are written as row ranges and a vocabulary in row tiles.
+Legend: O output features (rows of a stored weight), I input features, T tokens. Parts have O as their first
+axis, so that packed projections are written as row ranges and a vocabulary in row tiles; the one format that
+cannot have it so says ``whole``. Parts may have more rows than the weight: a format that pads for its kernels
+gets the rows that are too many encoded from zeros.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ class Moments:
 
 class WeightFormat(Protocol):
     def parts(self, name: str, rows: int, columns: int) -> tuple[TensorSpec, ...]:
-        """Specs of the tensors that carry the weight ``name`` of shape [rows, columns]; axis 0 of each is rows."""
+        """Specs of the tensors that carry the weight ``name`` of shape [rows, columns]; axis 0 of each is rows, or a few more."""
 
     def encode(self, name: str, w_OI: torch.Tensor) -> dict[str, torch.Tensor]:
         """The parts of some rows of the weight, given in any float dtype; rounded once, from fp32.

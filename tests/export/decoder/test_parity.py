@@ -54,7 +54,7 @@ def test_a_wrong_wiring_fails_loudly(tmp_path):
     tiny = build("llama")
     planned = export(tiny, tmp_path)
     for wrong in (
-        replace(planned.decoder, norm_epsilon=0.5),
+        replace(planned.decoder, norm=replace(planned.decoder.norm, epsilon=0.5)),
         replace(planned.decoder, heads=2, head_size=32, kv_heads=1),
         replace(planned.decoder, windows=(2, 2)),
     ):

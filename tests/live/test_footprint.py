@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from qlora_tools.live.footprint import LiveBytes, empty_tensors, without_content
 from qlora_tools.training.allocator import resident_bytes
-from qlora_tools.training.footprint import LiveBytes, empty_tensors, without_content
 
 
 def test_each_storage_counts_once_until_its_last_view_dies():

@@ -1,0 +1,70 @@
+"""Units that fill a weight's parts: read, encoded once from fp32, written by row ranges.
+
+Large weights come in row tiles, so memory follows the tile. Formats that store more rows than a weight has are padded with rows of zeros; formats
+that cannot be written by rows, and weights stored the other way round, take the whole weight at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from qlora_tools.engine.plan import Outcome, Read, Unit, Write, row_tiles, tile_label
+from qlora_tools.errors import NonFiniteError
+from qlora_tools.export.formats.format import WeightFormat
+from qlora_tools.finite import is_finite, refuse_non_finite
+from qlora_tools.specs import TensorSpec
+
+
+def encode_units(source: str, weight: str, name: str, form: WeightFormat, rows: int, columns: int, *, turned: bool = False) -> Iterator[Unit]:
+    """Units that store the tensor ``weight`` of ``source`` as ``form``'s parts of ``name``, a matrix [rows, columns].
+
+    ``weight`` may have more axes than two; all but its first are the columns. ``turned``: it is stored as [columns, rows].
+    """
+    parts = form.parts(name, rows, columns)
+    stored_rows = parts[0].shape[0]
+    whole = turned or getattr(form, "whole", False)
+    for tile in [None] if whole else list(row_tiles(TensorSpec(weight, "F32", (rows, columns)))):
+        start, stop = tile or (0, rows)
+        writes = tuple(Write(part.name) if getattr(form, "whole", False) else Write(part.name, start, stop - start) for part in parts)
+        yield Unit(tile_label(weight, tile), (Read(source, weight, tile),), writes, _encoding(form, weight, name, turned))
+    if stored_rows > rows and not getattr(form, "whole", False):
+        writes = tuple(Write(part.name, rows, stored_rows - rows) for part in parts)
+        yield Unit(f"{name} padding", (), writes, lambda: Outcome(form.encode(name, torch.zeros(stored_rows - rows, columns))))
+
+
+def float_units(source: str, weight: str, target: TensorSpec, *, turned: bool = False) -> Iterator[Unit]:
+    """Units that store ``weight`` as ``target``, cast once. ``turned``: its two axes are exchanged."""
+
+    def convert(tensor: torch.Tensor) -> Outcome:
+        refuse_non_finite(weight, tensor)
+        found = tensor.to(target.torch_dtype)
+        if not is_finite(found):
+            raise NonFiniteError(f"`{weight}` overflows in {target.dtype}", hint="export it in a wider dtype")
+        return Outcome({target.name: found.T.contiguous() if turned else found})
+
+    for tile in [None] if turned else list(row_tiles(TensorSpec(weight, target.dtype, target.shape))):
+        write = Write(target.name) if tile is None else Write(target.name, tile[0], tile[1] - tile[0])
+        yield Unit(tile_label(weight, tile), (Read(source, weight, tile),), (write,), convert)
+
+
+def constant_unit(name: str, tensor: torch.Tensor) -> Unit:
+    """A unit that stores ``tensor`` itself."""
+    return Unit(name, (), (Write(name),), lambda: Outcome({name: tensor}))
+
+
+def _encoding(form: WeightFormat, weight: str, name: str, turned: bool) -> Callable[[torch.Tensor], Outcome]:
+    def encode(tensor: torch.Tensor) -> Outcome:
+        matrix = tensor.T.contiguous() if turned else tensor.flatten(1)
+        try:
+            parts = form.encode(name, matrix)
+        except NonFiniteError:
+            refuse_non_finite(weight, tensor)  # under the checkpoint's name, not the graph's
+            raise
+        if not all(is_finite(part) for part in parts.values() if part.is_floating_point()):
+            refuse_non_finite(weight, tensor)
+            raise NonFiniteError(f"`{weight}` overflows in the form this scheme stores", hint="export it in a wider dtype")
+        return Outcome(parts)
+
+    return encode

@@ -1,0 +1,155 @@
+"""Options from the files beside a graph, devices that are not there, and what happens where decoding cannot be captured."""
+
+import json
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+
+from qlora_tools.errors import CorruptError, OutOfMemory, UnsupportedError, UsageError
+from qlora_tools.export.runtime import DecoderSession, loading
+from qlora_tools.export.runtime.description import Description, describe
+from tests.export.runtime.small_graphs import Drawing, named, save, summing, value, write_genai
+
+SHARED = {"past_present_share_buffer": True}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return summing(tmp_path / "export")
+
+
+def test_session_options_are_applied_as_genai_applies_them(folder):
+    given = {"ep.cuda.fpa_intb_gemm": "1", "session.use_device_allocator_for_initializers": True, "enable_mem_pattern": False, "intra_op_num_threads": 3}
+    write_genai(folder, {**given, "graph_optimization_level": "ORT_ENABLE_BASIC", "log_id": "genai", "provider_options": []})
+    options = DecoderSession(folder, threads=1)._session.get_session_options()
+    assert options.get_session_config_entry("ep.cuda.fpa_intb_gemm") == "1"
+    assert options.get_session_config_entry("session.use_device_allocator_for_initializers") == "1"
+    assert not options.enable_mem_pattern and options.intra_op_num_threads == 1
+    assert options.graph_optimization_level == ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+
+
+def test_options_of_a_provider_reach_it(folder, monkeypatch):
+    write_genai(folder, {"provider_options": [{"CUDA": {"enable_cuda_graph": True, "device_id": 0}}]})
+    assert describe(folder).providers == {"cuda": {"enable_cuda_graph": "1", "device_id": "0"}} and describe(folder).device == "cuda"
+
+
+def test_a_folder_without_descriptions_is_described_so_that_every_graph_runs(folder):
+    assert describe(folder) == Description() and describe(folder).device == "cpu" and not describe(folder).shared_buffer
+
+
+def test_stop_tokens_come_from_both_files(folder):
+    write_genai(folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 6], "temperature": 0.6}))
+    found = describe(folder)
+    assert found.stop_tokens == {1, 5, 6} and found.search["temperature"] == 0.6 and found.context_length == 40
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", '{"model": {"context_length": 4}}', '{"model": {"context_length": "x", "decoder": {"head_size": 4}}}'])
+def test_a_broken_description_is_named(folder, content):
+    (folder / "genai_config.json").write_text(content)
+    with pytest.raises(CorruptError, match=r"genai_config\.json"):
+        DecoderSession(folder, threads=1)
+
+
+def test_no_library_is_loaded_out_of_a_folder(folder):
+    write_genai(folder, {"custom_ops_library": "evil.so"})
+    with pytest.raises(UnsupportedError, match="library of custom operators"):
+        DecoderSession(folder, threads=1)
+
+
+def test_an_unknown_level_of_optimization_is_named(folder):
+    write_genai(folder, {"graph_optimization_level": "FAST"})
+    with pytest.raises(CorruptError, match="'FAST'"):
+        DecoderSession(folder, threads=1)
+
+
+def test_a_device_that_does_not_start_is_an_error_and_not_the_cpu(folder, monkeypatch, capfd):
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(ort, "InferenceSession", lambda *_, **__: type("Fell", (), {"get_providers": lambda self: ["CPUExecutionProvider"]})())
+    with pytest.raises(UsageError, match="CUDAExecutionProvider does not start here"):
+        DecoderSession(folder, threads=1, device="cuda")
+    assert capfd.readouterr().out == ""
+
+
+def test_a_device_that_fails_while_starting_is_named(folder, monkeypatch):
+    def failing(*_, **__):
+        raise RuntimeError("CUDA failure 100: no CUDA-capable device is detected")
+
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(ort, "InferenceSession", failing)
+    with pytest.raises(UsageError, match="does not start here: CUDA failure 100"):
+        DecoderSession(folder, threads=1, device="cuda")
+
+
+class Refusing:
+    """Opens a graph as asked, and refuses graph capture as ONNX Runtime does when a node is not the device's."""
+
+    def __init__(self, refuses=True):
+        self.asked, self.refuses = [], refuses
+
+    def __call__(self, path, threads, device, options, description):
+        self.asked.append(options.get("enable_cuda_graph"))
+        if options.get("enable_cuda_graph") == "1" and self.refuses:
+            raise CorruptError("this session cannot use the graph capture feature")
+        return ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize(("refuses", "asked"), [(True, ["1", "0"]), (False, ["1"])])
+def test_capture_is_asked_for_and_done_without_where_it_is_refused(folder, monkeypatch, refuses, asked):
+    opened = Refusing(refuses)
+    monkeypatch.setattr(loading, "_open", opened)
+    monkeypatch.setattr(loading, "check_device", lambda device: None)
+    loaded = loading.load(folder / "model.onnx", 1, "cuda", Description(shared_buffer=True))
+    assert opened.asked == asked and loaded.captures is not refuses and ("cannot use the graph capture" in (loaded.uncaptured or "")) is refuses
+
+
+def test_capture_is_not_asked_for_where_the_file_or_a_growing_past_forbids_it(folder, monkeypatch):
+    opened = Refusing()
+    monkeypatch.setattr(loading, "_open", opened)
+    monkeypatch.setattr(loading, "check_device", lambda device: None)
+    off = Description(shared_buffer=True, providers={"cuda": {"enable_cuda_graph": "0"}})
+    assert not loading.load(folder / "model.onnx", 1, "cuda", off).captures
+    assert not loading.load(folder / "model.onnx", 1, "cuda", Description(shared_buffer=False)).captures
+    assert opened.asked == ["0", None]
+
+
+def test_memory_that_runs_out_is_named_as_such(folder):
+    failure = loading.named_failure(RuntimeError("BFCArena::Extend Failed to allocate memory for requested buffer of size 9"), folder / "model.onnx")
+    assert isinstance(failure, OutOfMemory) and "smaller" in failure.hint
+
+
+@pytest.mark.parametrize(
+    ("reads", "shape", "message"),
+    [
+        ("pixels", ("B", "S", 7), "it has no `input_ids`"),
+        ("input_ids", ("B", 7), "its logits are .*expected"),
+        ("input_ids", ("B", "S", "V"), "its logits are .*expected"),
+    ],
+)
+def test_a_graph_that_is_no_decoder_is_named(tmp_path, reads, shape, message):
+    drawing = Drawing()
+    x = value(reads, ir.DataType.FLOAT, *shape)
+    y = named(drawing.op("Neg", x), "logits", ir.DataType.FLOAT, *shape)
+    with pytest.raises(UnsupportedError, match=f"no decoder of text: {message}"):
+        DecoderSession(save(tmp_path / "e", [x], [y], drawing), threads=1)
+
+
+def test_a_graph_that_wants_more_than_text_is_named(tmp_path):
+    drawing = Drawing()
+    ids, pixels = value("input_ids", ir.DataType.FLOAT, "B", "S", 7), value("pixel_values", ir.DataType.FLOAT, "B", "S", 7)
+    y = named(drawing.op("Add", ids, pixels), "logits", ir.DataType.FLOAT, "B", "S", 7)
+    with pytest.raises(UnsupportedError, match="it reads `pixel_values`"):
+        DecoderSession(save(tmp_path / "e", [ids, pixels], [y], drawing), threads=1)
+
+
+def test_the_context_is_the_models_own_where_nothing_else_says_it(folder):
+    (folder / "config.json").write_text('{"n_positions": 9}')
+    assert describe(folder).context_length == 9
+
+
+def test_a_failure_while_running_names_the_graph(folder):
+    session = DecoderSession(folder, threads=1)
+    with pytest.raises(CorruptError, match=r"model\.onnx does not run in onnxruntime"):
+        session.score(np.array([[99]]))

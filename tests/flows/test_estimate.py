@@ -1,0 +1,100 @@
+"""``qlt estimate``: figures from a config alone, held against the files and runs that they foretell."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qlora_tools import api
+from qlora_tools.checkpoint.logical import open_checkpoint
+from qlora_tools.errors import MissingError, UnsupportedError, UsageError
+from qlora_tools.live.outline import outline
+from qlora_tools.verbs import estimate as estimate_module
+from tests.conftest import build_llama
+
+CONFIG = api.EstimateConfig(batch=2, prompt=24, new=8, rank=4, train_batch=2, length=32)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return build_llama(tmp_path_factory.mktemp("model") / "model", num_hidden_layers=6)
+
+
+@pytest.fixture(scope="module")
+def found(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "any-name.json"
+    path.write_bytes((model / "config.json").read_bytes())
+    return api.estimate(model=path, config=CONFIG, device="cuda")
+
+
+def test_an_outline_has_the_tensors_of_the_checkpoint(model):
+    assert outline(model).specs == open_checkpoint(model).specs
+    with pytest.raises(MissingError, match="no weights"):
+        outline(model).read("lm_head.weight")
+
+
+def test_sizes_are_those_of_the_files_that_the_verbs_write(model, found, tmp_path):
+    sizes = {row.setting: row.file_bytes for row in found.in_memory}
+    for setting in ("int8", "nf4"):
+        api.quantize(model=model, scheme=setting, output=tmp_path / setting, device="cpu")
+        written = sum(path.stat().st_size for path in (tmp_path / setting).glob("*.safetensors"))
+        assert 0 <= written - sizes[setting] < 32_768, setting  # the header
+    assert len(found.graphs) == 7
+    for row in found.graphs:
+        made = api.export(model=model, scheme=row.setting, output=tmp_path / f"onnx-{row.device}-{row.setting}", verify=False, device=row.device)
+        assert row.file_bytes == (made.output / "model.onnx.data").stat().st_size
+
+
+def test_the_cache_is_that_of_the_model(model, found):
+    from transformers import AutoModelForCausalLM
+
+    live = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    cache = live(input_ids=torch.ones((2, 32), dtype=torch.int64), use_cache=True).past_key_values
+    assert {row.cache_bytes for row in found.in_memory} == {sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)}
+    for row in found.graphs:
+        assert row.cache_bytes == found.in_memory[0].cache_bytes * (2 if row.device == "cpu" else 1)  # fp32 and fp16
+
+
+def in_memory(model, config=CONFIG):
+    return estimate_module._in_memory(outline(model), "nf4", config, "cuda")
+
+
+def test_a_deep_model_is_foretold_from_shallow_ones(model, found, monkeypatch):
+    monkeypatch.setattr(estimate_module, "_LAYERS", 99)
+    for name, value in vars(in_memory(model)).items():
+        assert getattr(found.in_memory[2], name) == (value if name == "setting" else pytest.approx(value, rel=1e-6)), name
+
+
+def test_more_of_anything_takes_more(model, found):
+    base, wider, longer = found.in_memory[2], in_memory(model, replace(CONFIG, rank=16)), in_memory(model, replace(CONFIG, length=64))
+    assert wider.training_bytes > base.training_bytes
+    assert longer.plain_training_bytes > base.plain_training_bytes >= base.training_bytes
+    assert longer.running_bytes == base.running_bytes > base.weights_bytes + base.cache_bytes
+
+
+def test_layers_of_two_kinds_are_counted_in_rounds():
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"]
+    assert estimate_module._period({"num_hidden_layers": 9, "layer_types": kinds * 3}) == 3
+    assert estimate_module._period({"num_hidden_layers": 4, "layer_types": [*kinds, "full_attention"]}) == 4
+    assert estimate_module._period({"num_hidden_layers": 4}) == 1
+
+
+def test_the_command_prints_a_row_per_setting(qlt, here, model, found, monkeypatch):
+    monkeypatch.setattr(estimate_module, "estimate", lambda **_: found)
+    done = qlt("estimate", model, "--prompt", 8, "--new", 2, "--length", 8)
+    assert done.code == 0, done.err
+    assert all(word in done.out for word in ("bf16", "nf4", "int4", "B parameters", "without the context"))
+    assert list(here.iterdir()) == []
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(MissingError, match="not there"):
+        api.estimate(model=tmp_path / "none")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-thing"}))
+    with pytest.raises(UnsupportedError, match="builds no language model"):
+        api.estimate(model=tmp_path)
+    with pytest.raises(UsageError, match="rank 0"):
+        api.EstimateConfig(rank=0)

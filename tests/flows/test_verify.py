@@ -1,0 +1,179 @@
+"""``qlt verify``: a right export passes from its files alone, and what is wrong is called by its name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from qlora_tools.export import comparison
+from qlora_tools.manifest import read_manifest
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory, llama, tuned):
+    from qlora_tools import api
+
+    out = tmp_path_factory.mktemp("verify") / "tuned-r4"
+    api.extract(base=llama, tuned=tuned, config=api.ExtractConfig(rank=4), output=out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory, llama, adapter):
+    """Scheme -> export of the base; ``merged``: with the adapter in it. Do not write into them."""
+    from qlora_tools import api
+
+    folder = tmp_path_factory.mktemp("verify-exports")
+    for scheme in ("fp32", "int8", "int4"):
+        api.export(model=llama, scheme=scheme, device="cpu", verify=False, output=folder / scheme)
+    api.export(base=llama, adapters=[(adapter, 1.0)], scheme="int8", device="cpu", verify=False, output=folder / "merged")
+    return folder
+
+
+def checks(done):
+    return {check["name"]: check for check in done.json["checks"]}
+
+
+@pytest.mark.parametrize("scheme", ["fp32", "int8", "int4"])
+def test_a_right_export_is_verified_and_left_as_it_was(scheme, qlt, exports, llama):
+    before = sorted(path.name for path in (exports / scheme).iterdir())
+    done = qlt("verify", exports / scheme, "--against", llama, "--json")
+    assert done.code == 0, done.out
+    assert {check["status"] for check in done.json["checks"]} == {"ok"}
+    assert set(checks(done)) == {"files", "inputs", "weights", "graph", "computation"}
+    assert done.json["passed"] and done.json["parity"]["layers"] == 2 and done.json["weights"] > 15
+    assert sorted(path.name for path in (exports / scheme).iterdir()) == before
+
+
+def test_a_flipped_bit_names_the_file_and_the_tensor(qlt, exports, llama, tmp_path):
+    from qlora_tools.checkpoint.logical import open_checkpoint
+    from qlora_tools.export.decoder.export import plan_export
+    from qlora_tools.export.external import place
+
+    damaged = shutil.copytree(exports / "fp32", tmp_path / "damaged")
+    source = open_checkpoint(llama)
+    offset = place(plan_export(source, source.config, "fp32").plan.outputs)[0]["layers.1.down"]
+    with (damaged / "model.onnx.data").open("r+b") as stream:
+        stream.seek(offset + 2)
+        byte = stream.read(1)
+        stream.seek(offset + 2)
+        stream.write(bytes([byte[0] ^ 0x40]))
+    done = qlt("verify", damaged, "--against", llama, "--json")
+    found = checks(done)
+    assert done.code == 1 and found["files"]["status"] == "fail" and "`model.onnx.data` holds other bytes" in found["files"]["found"]
+    assert done.json["differing"] == ["model.layers.1.mlp.down_proj.weight"]
+
+
+def test_a_damaged_tensor_is_named(qlt, exports, llama, tmp_path):
+    damaged = shutil.copytree(exports / "int8", tmp_path / "damaged")
+    size = (damaged / "model.onnx.data").stat().st_size
+    with (damaged / "model.onnx.data").open("r+b") as stream:
+        stream.seek(size - 4096)
+        stream.write(bytes(2048))
+    done = qlt("verify", damaged, "--against", llama, "--json")
+    assert done.code == 1 and len(done.json["differing"]) == 1 and "lm_head.weight" in done.json["differing"][0]
+    assert "lm_head.weight" in checks(done)["weights"]["found"]
+
+
+@pytest.mark.parametrize("scheme", ["fp32", "int8", "int4"])
+def test_another_checkpoint_of_the_same_shapes_fails(scheme, qlt, exports, tuned):
+    done = qlt("verify", exports / scheme, "--against", tuned, "--json")
+    found = checks(done)
+    assert done.code == 1 and found["files"]["status"] == "ok" and found["weights"]["status"] == "fail"
+    assert "made of `base`, given was `tuned`" in found["inputs"]["found"]
+    assert all("_proj" in label for label in done.json["differing"])
+
+
+def test_another_shape_is_said_without_reading_a_weight(qlt, exports, tmp_path):
+    from tests.conftest import build_llama
+
+    other = build_llama(tmp_path / "wider", intermediate_size=128)
+    done = qlt("verify", exports / "int8", "--against", other, "--json")
+    assert done.code == 1 and "this checkpoint exported so has" in checks(done)["weights"]["found"] and done.json["parity"] is None
+
+
+def test_a_merged_export_wants_its_adapter(qlt, exports, llama, adapter):
+    assert qlt("verify", exports / "merged", "--against", llama, "--adapter", adapter).code == 0
+    forgotten = qlt("verify", exports / "merged", "--against", llama, "--json")
+    assert forgotten.code == 1 and "adapter `tuned-r4` is part of the export and was not given" in checks(forgotten)["inputs"]["found"]
+    halved = qlt("verify", exports / "merged", "--against", llama, "--adapter", f"{adapter}=0.5", "--json")
+    assert halved.code == 1 and checks(halved)["weights"]["status"] == "fail"
+    unasked = qlt("verify", exports / "int8", "--against", llama, "--adapter", adapter, "--json")
+    assert unasked.code == 1 and "`tuned-r4` was given and is not part" in checks(unasked)["inputs"]["found"]
+
+
+def test_a_merged_checkpoint_stands_for_base_and_adapter(qlt, here, exports, llama, adapter):
+    assert qlt("merge", "--base", llama, "--adapter", adapter, "-o", "merged").code == 0
+    done = qlt("verify", exports / "merged", "--against", "merged", "--json")
+    assert checks(done)["inputs"]["status"] == "warn" and checks(done)["computation"]["status"] == "ok"
+
+
+def test_a_text_of_choice_is_run(qlt, exports, llama, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog; " * 20)
+    assert qlt("verify", exports / "int8", "--against", llama, "--text", text).code == 0
+    text.write_text("short")
+    assert qlt("verify", exports / "int8", "--against", llama, "--text", text).code == 2
+
+
+def test_calibrated_weights_are_held_to_a_distance_or_bit_for_bit(qlt, here, llama, tuned, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog; " * 60)
+    assert qlt("calibrate", llama, "--data", text, "-o", "statistics.safetensors").code == 0
+    assert qlt("export", llama, "--int4", "--device", "cpu", "--calib", "statistics.safetensors", "--no-verify", "-o", "e").code == 0
+    near = qlt("verify", "e", "--against", llama)
+    assert near.code == 0 and "calibrated ones are as near to it" in " ".join(near.out.split())
+    exact = qlt("verify", "e", "--against", llama, "--calib", "statistics.safetensors", "--json")
+    assert exact.code == 0 and "as near" not in checks(exact)["weights"]["found"]
+
+
+@pytest.mark.parametrize("gone", ["model.onnx", "tokenizer.json"])
+def test_a_missing_file_is_named(gone, qlt, exports, llama, tmp_path):
+    folder = shutil.copytree(exports / "int4", tmp_path / "e")
+    (folder / gone).unlink()
+    done = qlt("verify", folder, "--against", llama, "--json")
+    assert done.code == 1 and f"`{gone}` is missing" in checks(done)["files"]["found"]
+
+
+def test_what_is_no_export_is_refused(qlt, llama, adapter, tmp_path):
+    assert qlt("verify", llama, "--against", llama).code == 9
+    assert qlt("verify", adapter, "--against", llama).code == 2
+    assert qlt("verify", tmp_path, "--against", llama).code == 9
+
+
+def test_manifest_and_dry_run(qlt, exports, llama):
+    assert read_manifest(exports / "int8").kind == "export"
+    done = qlt("verify", exports / "int8", "--against", llama, "--dry-run")
+    assert done.code == 0 and "would verify" in done.out
+
+
+def test_the_result_can_be_kept(qlt, here, exports, llama):
+    assert qlt("verify", exports / "int4", "--against", llama, "-o", "verified.json").code == 0
+    assert json.loads((here / "verified.json").read_text())["passed"]
+
+
+def test_codes_on_a_border_are_tolerated_and_more_are_not():
+    assert comparison.Compared("w", 10_000, 10).equal and not comparison.Compared("w", 10_000, 11).equal
+
+
+def test_kept_adapters_are_run_one_by_one(qlt, here, llama, adapter):
+    from qlora_tools import api
+
+    api.export(model=llama, keep=[(adapter, 1.0)], scheme="int8", device="cpu", verify=False, output=here / "e")
+    done = qlt("verify", "e", "--against", llama, "--adapter", adapter, "--json")
+    assert done.code == 0 and checks(done)["computation with tuned-r4"]["status"] == "ok"
+    without = qlt("verify", "e", "--against", llama, "--json")
+    assert without.code == 0 and "`tuned-r4` (kept) is part of the export" in checks(without)["inputs"]["found"]
+
+
+@pytest.mark.slow
+def test_a_traced_export_is_verified(qlt, here, tmp_path):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 96, "max_position_embeddings": 32}
+    BertForSequenceClassification(BertConfig(**sizes, num_labels=3)).save_pretrained(tmp_path / "bert")
+    assert qlt("export", tmp_path / "bert", "--int8", "--device", "cpu", "--no-verify", "-o", "e").code == 0
+    done = qlt("verify", "e", "--against", tmp_path / "bert", "--json")
+    assert done.code == 0 and checks(done)["computation"]["status"] == checks(done)["weights"]["status"] == "ok"
