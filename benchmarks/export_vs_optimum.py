@@ -30,7 +30,7 @@ from peers import python_of, versions_of
 from synthetic import SHAPES, write_base, write_tokenizer
 
 BARS = {"export_times_faster": 2.0, "prefill_times_faster": 1.0, "decode_times_faster": 1.0, "int8_kl_share": 1.0}
-OURS = ("fp32", "int8", "int4")
+OURS = ("fp32", "int8", "w8a8", "int4")
 TIED = ("1b",)
 _CLI = "optimum.commands.optimum_cli"
 #: ``optimum-cli export onnx`` has no switch for its comparison with torch; the function behind it has.

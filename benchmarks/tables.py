@@ -140,7 +140,7 @@ def cells() -> str:
     builder, optimum = sizes("export_vs_genai"), sizes("export_vs_optimum")
     rows = []
     for size in dict.fromkeys((*builder, *optimum)):
-        for scheme in ("int8", "int4"):
+        for scheme in ("int8", "w8a8", "int4"):
             beside = [against_builder(builder.get(size, {}).get("graphs", {}).get(scheme))]
             beside += [against_optimum(optimum.get(size, {}), f"ours {scheme} / optimum {other}") for other in ("fp32", "int8")]
             rows.append([f"{size}, {scheme}", *beside])

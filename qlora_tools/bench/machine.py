@@ -10,6 +10,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from qlora_tools.cores import allowed_cores
 from qlora_tools.manifest import library_versions
 
 
@@ -18,7 +19,7 @@ def describe_machine() -> dict[str, Any]:
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
-        "cores_allowed": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores_allowed": allowed_cores(),
         "ram_bytes": _ram_bytes(),
         "system": platform.system(),
         "kernel": platform.release(),

@@ -10,7 +10,6 @@ note naming its unit.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -19,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
+from qlora_tools.cores import allowed_cores
 from qlora_tools.engine.plan import Outcome, Plan, Source, Unit, read_bytes
 from qlora_tools.progress import SILENT, Progress
 
@@ -51,9 +51,7 @@ def run(
     """
     plan.check(sources)
     assert writer is not None or not plan.outputs, "a plan with outputs needs a writer"
-    workers = workers or (
-        len(os.sched_getaffinity(0)) if device == "cpu" and hasattr(os, "sched_getaffinity") else os.cpu_count() or 1 if device == "cpu" else 1
-    )
+    workers = workers or (allowed_cores() if device == "cpu" else 1)
     reports: list[Any] = [None] * len(plan.units)
     total = sum(_cost(unit, sources) for unit in plan.units)
     with progress.task(title, total, "B") as task, single_threaded_blas():

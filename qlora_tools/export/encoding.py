@@ -12,9 +12,10 @@ import torch
 
 from qlora_tools.engine.plan import Outcome, Read, Unit, Write, row_tiles, tile_label
 from qlora_tools.errors import NonFiniteError
-from qlora_tools.export.formats.format import WeightFormat
+from qlora_tools.export.calibrated import Choice, encode_calibrated
+from qlora_tools.export.formats.format import Moments, WeightFormat
 from qlora_tools.finite import is_finite, refuse_non_finite
-from qlora_tools.specs import TensorSpec
+from qlora_tools.specs import TensorSpec, dtype
 
 
 def encode_units(source: str, weight: str, name: str, form: WeightFormat, rows: int, columns: int, *, turned: bool = False) -> Iterator[Unit]:
@@ -28,7 +29,7 @@ def encode_units(source: str, weight: str, name: str, form: WeightFormat, rows: 
     for tile in [None] if whole else list(row_tiles(TensorSpec(weight, "F32", (rows, columns)))):
         start, stop = tile or (0, rows)
         writes = tuple(Write(part.name) if getattr(form, "whole", False) else Write(part.name, start, stop - start) for part in parts)
-        yield Unit(tile_label(weight, tile), (Read(source, weight, tile),), writes, _encoding(form, weight, name, turned))
+        yield Unit(tile_label(weight, tile), (Read(source, weight, tile),), writes, _turning(turned, encoding(form, name, weight)))
     if stored_rows > rows and not getattr(form, "whole", False):
         writes = tuple(Write(part.name, rows, stored_rows - rows) for part in parts)
         yield Unit(f"{name} padding", (), writes, lambda: Outcome(form.encode(name, torch.zeros(stored_rows - rows, columns))))
@@ -36,14 +37,7 @@ def encode_units(source: str, weight: str, name: str, form: WeightFormat, rows: 
 
 def float_units(source: str, weight: str, target: TensorSpec, *, turned: bool = False) -> Iterator[Unit]:
     """Units that store ``weight`` as ``target``, cast once. ``turned``: its two axes are exchanged."""
-
-    def convert(tensor: torch.Tensor) -> Outcome:
-        refuse_non_finite(weight, tensor)
-        found = tensor.to(target.torch_dtype)
-        if not is_finite(found):
-            raise NonFiniteError(f"`{weight}` overflows in {target.dtype}", hint="export it in a wider dtype")
-        return Outcome({target.name: found.T.contiguous() if turned else found})
-
+    convert = _turning(turned, as_float(weight, target.name, target.dtype))
     for tile in [None] if turned else list(row_tiles(TensorSpec(weight, target.dtype, target.shape))):
         write = Write(target.name) if tile is None else Write(target.name, tile[0], tile[1] - tile[0])
         yield Unit(tile_label(weight, tile), (Read(source, weight, tile),), (write,), convert)
@@ -54,17 +48,49 @@ def constant_unit(name: str, tensor: torch.Tensor) -> Unit:
     return Unit(name, (), (Write(name),), lambda: Outcome({name: tensor}))
 
 
-def _encoding(form: WeightFormat, weight: str, name: str, turned: bool) -> Callable[[torch.Tensor], Outcome]:
-    def encode(tensor: torch.Tensor) -> Outcome:
-        matrix = tensor.T.contiguous() if turned else tensor.flatten(1)
+def encoding(form: WeightFormat, name: str, weight: str, moments_of: Callable[..., Moments] | None = None, compute: str = "F32") -> Callable[..., Outcome]:
+    """Makes rows of the tensor ``weight`` [O, ...] the parts of ``name`` in a graph that computes in ``compute``. ``moments_of``: makes moments of the further
+    tensors it is given; rows are then encoded under them, and the outcome reports the :class:`~qlora_tools.export.calibrated.Choice`."""
+
+    def encode(tensor: torch.Tensor, *moments: torch.Tensor) -> Outcome:
+        choice: Choice | None = None
+        rows_OI = tensor.flatten(1)
         try:
-            parts = form.encode(name, matrix)
-        except NonFiniteError:
+            if moments_of is None:
+                parts = form.encode(name, rows_OI)
+            else:
+                parts, choice = encode_calibrated(form, name, weight, rows_OI, moments_of(*moments))
+        except NonFiniteError as error:
             refuse_non_finite(weight, tensor)  # under the checkpoint's name, not the graph's
-            raise
+            raise overflow(weight, compute) from error
         if not all(is_finite(part) for part in parts.values() if part.is_floating_point()):
             refuse_non_finite(weight, tensor)
-            raise NonFiniteError(f"`{weight}` overflows in the form this scheme stores", hint="export it in a wider dtype")
-        return Outcome(parts)
+            raise overflow(weight, compute)
+        return Outcome(parts, choice)
 
     return encode
+
+
+def as_float(weight: str, target: str, compute: str) -> Callable[[torch.Tensor], Outcome]:
+    """Makes the tensor ``weight`` the tensor ``target`` in the dtype ``compute``, rounded once."""
+
+    def convert(tensor: torch.Tensor) -> Outcome:
+        refuse_non_finite(weight, tensor)
+        found = tensor.to(dtype(compute).torch)
+        if not is_finite(found):
+            raise overflow(weight, compute)
+        return Outcome({target: found})
+
+    return convert
+
+
+def overflow(weight: str, compute: str) -> NonFiniteError:
+    """The error of a finite weight that a graph in ``compute`` cannot hold."""
+    if compute == "F16":
+        return NonFiniteError(f"`{weight}` overflows in fp16", hint="export a graph that computes in bf16")
+    return NonFiniteError(f"`{weight}` overflows in the form this scheme stores", hint="export it with --fp32")
+
+
+def _turning(turned: bool, apply: Callable[..., Outcome]) -> Callable[..., Outcome]:
+    """``apply`` for a weight that is stored the other way round, if ``turned``."""
+    return (lambda stored: apply(stored.T.contiguous())) if turned else apply

@@ -5,7 +5,7 @@ prefill several times faster than ``MatMulNBits`` at the same error; a small mat
 single node. Attention's matrices stay in blocks of 32 with zero points: the rounding of a weight is the same for
 every token, attention does not average it away as it does the rounding of activations, and with one scale per row
 these few matrices would make most of the divergence. ``MatMulBnb4`` is never used on the CPU: it dequantizes the whole matrix on every call, so ``nf4``
-is carried as int8 there.
+is carried as int8 there. ``w8a8`` takes one digit of 8 bits everywhere it pays: the fastest prompts, and several times the divergence.
 
 CUDA. There are no 8-bit activations: int8 and int4 are ``MatMulNBits`` in the shapes its tensor-core kernels take, symmetric, blocks of 32, rows
 padded to what they want. Columns that are not whole blocks go without those kernels, and without padding. ``nf4`` is ``MatMulBnb4``, in the
@@ -29,7 +29,7 @@ from qlora_tools.export.target import COMPUTE, CPU, Target
 
 #: Schemes that do not round, and the dtype that a graph of each computes in.
 FLOATS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
-NAMES = (*FLOATS, "int8", "int4", "nf4")
+NAMES = (*FLOATS, "int8", "w8a8", "int4", "nf4")
 #: Below this many weights the single MatMulNBits node decodes faster than the two-digit group of nodes.
 SMALL = 1 << 18
 _BLOCK = 32
@@ -58,6 +58,8 @@ class Scheme:
             return self._cuda_linear(role, columns)
         if self.carried == "int4":
             return Blocks(4)
+        if self.carried == "w8a8":
+            return Digits(digits=1) if rows * columns >= SMALL else Blocks(8, zeros=True)
         if role in ("qkv", "output") or (role != "head" and rows * columns < SMALL):
             return Blocks(8, zeros=True)
         return Digits()
@@ -140,6 +142,8 @@ def scheme_of(name: str, target: Target = CPU) -> Scheme:
     """
     if name not in NAMES:
         raise UnsupportedError(f"no scheme `{name}`", hint=f"schemes: {', '.join(NAMES)}")
+    if name == "w8a8" and (target.standard or target.provider != "cpu"):
+        raise UnsupportedError("w8a8 has kernels on the CPU only", hint="take int8, whose weights are the same")
     if name in FLOATS and FLOATS[name] != target.compute:
         raise UnsupportedError(f"{name} in a graph that computes in {target.compute}", hint=f"choose {default_scheme(target)}")
     if name != "nf4":

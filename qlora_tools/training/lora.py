@@ -16,7 +16,6 @@ Axes: O outputs, I inputs (kernels flattened), R rank.
 from __future__ import annotations
 
 import math
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -34,6 +33,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_tools.adapters import portable_peft
 from qlora_tools.adapters.peft_files import Target, adapter_config
+from qlora_tools.cores import allowed_cores
 from qlora_tools.engine.run import single_threaded_blas
 from qlora_tools.errors import UnsupportedError, UsageError
 from qlora_tools.live.frozen import FrozenConv1D, FrozenConv2d, FrozenLinear, StoredWeight, can_freeze, freeze_layer, outlines
@@ -239,7 +239,7 @@ def _start(
 ) -> None:
     """Give every layer its first values, its dtype, and where it starts inside the weight, its offset."""
     on_cpu = all(layer.lora_A[ADAPTER].weight.device.type == "cpu" for layer in layers.values())
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = allowed_cores()
     with single_threaded_blas(), ThreadPoolExecutor(workers if on_cpu else 1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         starts = pool.map(lambda path: _first_values(path, layers[path], config, originals, moments), layers)
         for layer, factors in zip(layers.values(), starts, strict=True):

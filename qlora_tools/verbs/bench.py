@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from qlora_tools.bench.record import FILE_NAME, BenchRecord, Layer, Setting, Wor
 from qlora_tools.bench.run import QualityTask, run_bench
 from qlora_tools.bench.table import to_markdown
 from qlora_tools.checkpoint.folder import check_output, output_folder, seal
+from qlora_tools.cores import allowed_cores
 from qlora_tools.errors import MissingError, UsageError
 from qlora_tools.manifest import Manifest, read_manifest
 from qlora_tools.progress import SILENT, Progress
@@ -84,7 +84,7 @@ def bench(
             workload = replace(workload, ids=tuple(int(token) for window in reading.windows for token in window.ids)[: workload.longest])
         except MissingError as error:
             notes.append(f"Quality was not judged: {error}")
-    record = run_bench(settings, workload, rounds=rounds, threads=threads or _cores(), quality=task, command=command, title=title, progress=progress)
+    record = run_bench(settings, workload, rounds=rounds, threads=threads or allowed_cores(), quality=task, command=command, title=title, progress=progress)
     record = _judged(replace(record, notes=(*record.notes, *notes), layers=tuple(layers)), ids.get(Path(untuned)) if untuned else None)
     _write(record, dest, force=force, inputs=folders)
     return BenchResult(dest, False, tuple(setting.id for setting in settings), task.reference.id if task else None, record)
@@ -165,7 +165,3 @@ def _write(record: BenchRecord, dest: Path, *, force: bool, inputs: Sequence[Pat
         (folder / "plots").mkdir()
         write_plots(record, folder / "plots")
         seal(folder, Manifest("bench", {"verb": "bench"}))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from qlora_tools.bench.engine import locate
 from qlora_tools.checkpoint.hub import resolve_model
 from qlora_tools.checkpoint.reader import read_json
+from qlora_tools.cores import allowed_cores
 from qlora_tools.errors import IncompatibleError, MissingError, UsageError
 from qlora_tools.live.tokenizer import open_tokenizer
 from qlora_tools.manifest import read_manifest
@@ -144,7 +144,7 @@ def _kept(export: Candidate, adapters: Sequence[str | Path]) -> list[Candidate]:
 
 def open_engine(folder: Path, device: str = "auto", adapter: Path | None = None) -> Any:
     """The runtime for a folder: ONNX Runtime for an export, transformers (fp32 unless quantized) for a checkpoint, with ``adapter`` on it."""
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = allowed_cores()
     path, options = engine_of(folder, device)
     if adapter is not None:
         options["adapter"] = str(adapter)

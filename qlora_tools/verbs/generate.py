@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from qlora_tools.cores import allowed_cores
 from qlora_tools.errors import IncompatibleError, MissingError, UsageError
 from qlora_tools.export.runtime import DecoderSession, Sampling
 from qlora_tools.export.runtime.adapters import find_adapter
@@ -112,7 +112,7 @@ def generate(
     if dry_run:
         return GenerateResult(folder, described.device if device == "auto" else device, prompt, len(ids), sampling, 0.0, ())
     began = time.perf_counter()
-    session = DecoderSession(folder, threads=threads or _cores(), device=device)
+    session = DecoderSession(folder, threads=threads or allowed_cores(), device=device)
     load_s = time.perf_counter() - began
     try:
         if max(ids) >= session.vocab_size:
@@ -216,7 +216,3 @@ def _answer(session: DecoderSession, task: _Task, adapter: str | Path | None, li
 def _tokens(session: DecoderSession, task: _Task) -> Iterator[int]:
     for tokens_B in session.generate(np.array([task.ids], np.int64), task.room, task.stop_tokens, sampling=task.sampling):
         yield int(tokens_B[0])
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -23,6 +23,7 @@ FORMATS = {
     "int8 zeros": Blocks(8, zeros=True),
     "digits": Digits(),
     "digits in groups": Digits(longest_group=64),
+    "one digit": Digits(digits=1),
 }
 SHAPES = [(8, 64), (33, 96), (7, 75), (130, 200), (5, 17), (1, 1)]
 

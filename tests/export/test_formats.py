@@ -19,6 +19,8 @@ FORMATS = {
     "digits": Digits(),
     "digits in groups": Digits(longest_group=64),
     "digits with remainder": Digits(longest_group=128, remainder=True),
+    "one digit": Digits(digits=1),
+    "one digit in groups": Digits(longest_group=64, digits=1),
 }
 #: Relative rounding error of the weight (Gaussian), and of the product on top of it, that each format may have.
 ERRORS = {
@@ -29,6 +31,8 @@ ERRORS = {
     "digits": (0.0075, 3e-4),
     "digits in groups": (0.006, 3e-4),
     "digits with remainder": (0.0065, 3e-4),
+    "one digit": (0.0075, 0.01),
+    "one digit in groups": (0.006, 0.01),
 }
 SHAPES = [(8, 64), (33, 96), (7, 75), (130, 200), (1, 1), (5, 17)]
 

@@ -53,6 +53,15 @@ def test_two_digit_products_are_the_cpus_alone(provider):
     assert BIG[0] * BIG[1] > SMALL
 
 
+def test_eight_bit_activations_are_for_the_cpu_alone():
+    scheme = scheme_of("w8a8")
+    assert scheme.linear("qkv", *BIG) == scheme.linear("down", *BIG) == Digits(digits=1)
+    assert scheme.tied(*BIG) == Digits(digits=1, remainder=True)
+    for target in (Target("cuda", "F16"), Target("cpu", "F32", standard=True)):
+        with pytest.raises(UnsupportedError, match="w8a8 has kernels on the CPU only"):
+            scheme_of("w8a8", target)
+
+
 def test_plain_onnx_quantizes_to_blocks_that_fuse_and_tables_to_what_it_can_look_up():
     scheme = scheme_of("int4", Target("cpu", "F32", standard=True))
     assert scheme.linear("down", *BIG) == StandardBlocks(4) and scheme.tied(*BIG) == StandardBlocks(8)

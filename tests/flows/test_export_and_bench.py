@@ -115,9 +115,9 @@ def test_the_same_input_gives_the_same_bytes(qlt, here, llama):
 
 
 def test_a_failed_parity_check_leaves_nothing(qlt, here, llama, monkeypatch):
-    from qlora_tools.export.decoder import parity
+    from qlora_tools.export import bounds
 
-    monkeypatch.setitem(parity.BOUNDS, "fp32", parity.Bound(1e-12, 1e-12))
+    monkeypatch.setitem(bounds.BOUNDS, "fp32", bounds.Bound(1e-12, 1e-12))
     done = qlt("export", llama, "--fp32")
     assert done.code == 1 and "parity" in done.err and files(here) == set()
 

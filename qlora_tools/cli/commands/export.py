@@ -41,6 +41,7 @@ EPILOG = examples(
 @click.option("--fp16", "scheme", flag_value="fp16", help="16-bit floats, for CUDA (default there).")
 @click.option("--bf16", "scheme", flag_value="bf16", help="The other 16-bit floats, for CUDA.")
 @click.option("--int8", "scheme", flag_value="int8", help="8-bit weights and the fastest int8 kernel for each layer.")
+@click.option("--w8a8", "scheme", flag_value="w8a8", help="int8 with 8-bit activations, CPU only: the fastest prompts, less exact.")
 @click.option("--int4", "scheme", flag_value="int4", help="4-bit weights in blocks of 32.")
 @click.option("--nf4", "scheme", flag_value="nf4", help="On the CPU carried as int8: NF4 has no fast kernel there.")
 @click.option("--dtype", type=click.Choice(["fp16", "bf16"]), help="What a CUDA graph with quantized weights computes in. Default: fp16.")

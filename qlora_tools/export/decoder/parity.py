@@ -16,7 +16,7 @@ exported bytes and needs little memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from qlora_tools.engine.plan import Source
 from qlora_tools.errors import CheckFailed
+from qlora_tools.export.bounds import bound_of
 from qlora_tools.export.decoder.activations import watched
 from qlora_tools.export.decoder.branches import Branches, attach, fixed_specs, places_of, truncated_branches
 from qlora_tools.export.decoder.export import DecoderExport
@@ -39,7 +40,6 @@ from qlora_tools.export.external import place, read_stored
 from qlora_tools.export.onnx_adapter import write_adapter_file
 from qlora_tools.export.placement import crossings, host_nodes, strays
 from qlora_tools.export.runtime import DecoderSession
-from qlora_tools.export.schemes import Scheme, default_scheme
 from qlora_tools.export.twin import runs_here, twin
 from qlora_tools.models.decoder import Decoder, Piece, decoder_facts
 from qlora_tools.models.family import family_of
@@ -53,25 +53,6 @@ _VOCAB = 4096
 #: Tokens that rounding sends to other experts are seen by all tokens after them: bounds are so many times wider for mixtures.
 _MIXTURE_SLACK = 3
 _GRAPH_FILE, _ADAPTER_FILE = "parity.onnx", "parity.onnx_adapter"
-
-
-@dataclass(frozen=True)
-class Bound:
-    """Largest relative errors allowed: against the carried weights, and against the dense ones."""
-
-    carried: float
-    dense: float
-
-
-#: Activations are rounded to 8 bits per block in the quantized graphs; int4 weights alone move logits by tens of percent in small models.
-BOUNDS: Mapping[str, Bound] = {
-    "fp32": Bound(2e-4, 2e-4),
-    "fp16": Bound(0.02, 0.02),
-    "bf16": Bound(0.1, 0.1),
-    "int8": Bound(0.1, 0.2),
-    "int4": Bound(0.15, 0.9),
-    "nf4": Bound(0.1, 0.9),
-}
 
 
 @dataclass(frozen=True)
@@ -136,14 +117,6 @@ def check_parity(
     kl, agreement = _divergence(dense, found)
     errors = relative_error(found, carried), relative_error(found, dense)
     return Parity(decoder.layers, export.decoder.layers, PROMPT, STEPS, *errors, kl, agreement, elsewhere)
-
-
-def bound_of(scheme: Scheme) -> Bound:
-    """What a scheme's graphs are held to. CUDA's do not round activations to 8 bits, so no scheme may be further from its own weights than floats are."""
-    bound = BOUNDS[scheme.carried]
-    if scheme.target.compute == "F32" or scheme.target.standard:
-        return bound
-    return replace(bound, carried=min(bound.carried, BOUNDS[default_scheme(scheme.target)].carried))
 
 
 def truncated(export: DecoderExport) -> tuple[Decoder, Layout]:

@@ -17,14 +17,15 @@ from qlora_tools.checkpoint.logical import LogicalCheckpoint
 from qlora_tools.checkpoint.statistics import HELD_OUT, INPUT, Statistics
 from qlora_tools.engine.plan import Outcome, Plan, Read, Source, Unit, Write, row_tiles, tile_label
 from qlora_tools.errors import IncompatibleError, MissingError, NonFiniteError
-from qlora_tools.export.calibrated import Choice, Factors, encode_calibrated
+from qlora_tools.export.calibrated import Factors
 from qlora_tools.export.decoder.graph import cache_names
 from qlora_tools.export.decoder.layout import Layout, Vector
 from qlora_tools.export.decoder.matrices import Matrix
+from qlora_tools.export.encoding import as_float, encoding, overflow
 from qlora_tools.export.formats.format import Moments
 from qlora_tools.export.formats.normal_floats import NormalFloats
 from qlora_tools.export.formats.standard_blocks import StandardBlocks
-from qlora_tools.finite import is_finite, refuse_non_finite
+from qlora_tools.finite import refuse_non_finite
 from qlora_tools.models.decoder import Decoder, Piece
 from qlora_tools.models.rope import Rope
 from qlora_tools.names import nearest, shortened
@@ -102,23 +103,12 @@ def _rotary(names: tuple[str, str], rope: Rope, max_positions: int, compute: str
 
 def _norm(vector: Vector, compute: str) -> Unit:
     """The offset is added in fp32, before the one rounding."""
-    convert = _as_float(vector.name, vector.name, compute)
+    convert = as_float(vector.name, vector.name, compute)
 
     def shifted(tensor: torch.Tensor) -> Outcome:
         return convert(tensor.float() + vector.offset if vector.offset else tensor)
 
     return Unit(vector.name, (Read(MODEL, vector.name),), (Write(vector.name),), shifted)
-
-
-def _as_float(name: str, target: str, compute: str) -> Callable[[torch.Tensor], Outcome]:
-    def convert(tensor: torch.Tensor) -> Outcome:
-        refuse_non_finite(name, tensor)
-        found = tensor.to(dtype(compute).torch)
-        if not is_finite(found):
-            raise _overflow(name, compute)
-        return Outcome({target: found})
-
-    return convert
 
 
 class _Calibration:
@@ -152,7 +142,7 @@ def _matrix(matrix: Matrix, calibration: _Calibration | None, source: Source) ->
             if biased:
                 rows = None if piece.whole else (piece.first, piece.first + piece.rows)
                 read = Read(MODEL, f"{piece.module}.bias", rows)
-                yield Unit(tile_label(read.name, rows), (read,), (target,), _as_float(read.name, matrix.bias, matrix.compute))
+                yield Unit(tile_label(read.name, rows), (read,), (target,), as_float(read.name, matrix.bias, matrix.compute))
             else:
                 yield Unit(f"{piece.module}.bias", (), (target,), _zeros(matrix.bias, piece.rows, matrix.compute))
 
@@ -196,7 +186,7 @@ def _adopting(matrix: Matrix, held: Stored) -> Callable[..., Outcome]:
         try:
             return Outcome(form.adopt(matrix.name, held, dict(zip(held.parts, tensors, strict=True))))
         except NonFiniteError as error:
-            raise _overflow(held.spec.name, matrix.compute) from error
+            raise overflow(held.spec.name, matrix.compute) from error
 
     return adopt
 
@@ -265,28 +255,7 @@ def _reading(piece: Piece, start: int, stop: int, encode: Callable[..., Outcome]
 
 
 def _encoding(matrix: Matrix, weight: str, moments_of: Callable[..., Moments] | None) -> Callable[..., Outcome]:
-    def encode(tensor: torch.Tensor, *moments: torch.Tensor) -> Outcome:
-        choice: Choice | None = None
-        try:
-            if moments_of is None:
-                parts = matrix.format.encode(matrix.name, tensor)
-            else:
-                parts, choice = encode_calibrated(matrix.format, matrix.name, weight, tensor, moments_of(*moments))
-        except NonFiniteError as error:
-            refuse_non_finite(weight, tensor)  # under the checkpoint's name, not the graph's
-            raise _overflow(weight, matrix.compute) from error
-        if not all(is_finite(part) for part in parts.values() if part.is_floating_point()):
-            refuse_non_finite(weight, tensor)
-            raise _overflow(weight, matrix.compute)
-        return Outcome(parts, choice)
-
-    return encode
-
-
-def _overflow(weight: str, compute: str) -> NonFiniteError:
-    if compute == "F16":
-        return NonFiniteError(f"`{weight}` overflows in fp16", hint="export a graph that computes in bf16")
-    return NonFiniteError(f"`{weight}` overflows in the form this scheme stores", hint="export it with --fp32")
+    return encoding(matrix.format, matrix.name, weight, moments_of, matrix.compute)
 
 
 def _zeros(name: str, rows: int, compute: str) -> Callable[[], Outcome]:

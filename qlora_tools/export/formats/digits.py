@@ -11,6 +11,9 @@ activations survive, which leaves the weights as the only error; a token's resul
 it is computed with. Digits are stored with zero point 64 in unsigned bytes and stay below 128: the pairwise
 16-bit sums of CPUs without VNNI cannot saturate (2 * 127 * 128 < 32768).
 
+With one digit (``digits=1``) a token keeps 8 bits, x ~ m/127 d with d in [-127, 127] and zero point 128: half the products, and the rounding of activations
+then makes most of the error. Processors without VNNI may saturate there, as they may for every full-range 8-bit product.
+
 A scale for a whole row gets coarser as rows get longer, so columns are cut into groups of at most
 ``longest_group``, each with its own scale and zero point per row.
 
@@ -39,14 +42,16 @@ from qlora_tools.specs import TensorSpec
 _LARGEST = 63
 _RATIO = 126
 _ZERO = 64
+_FULL = 127
 
 
 @dataclass(frozen=True)
 class Digits:
-    """``QGemm`` on two digits per activation; ``gather`` dequantizes looked-up rows."""
+    """``QGemm`` on two digits per activation, or one; ``gather`` dequantizes looked-up rows."""
 
     longest_group: int = 1024
     remainder: bool = False
+    digits: int = 2
 
     def groups(self, columns: int) -> tuple[int, ...]:
         """Columns in each group: as equal as multiples of 64 allow."""
@@ -100,19 +105,24 @@ class Digits:
         return torch.cat(pieces, dim=1)
 
     def multiply(self, nodes: Nodes, x_TI: ir.Value, name: str, rows: int, columns: int, bias: ir.Value | None = None) -> ir.Value:
-        digits, unit = nodes.once("digits", x_TI, lambda: _split(nodes, x_TI))
-        step = nodes.constant(1 / _LARGEST, np.float32)
+        two = self.digits == 2
+        digits, unit = nodes.once(f"{self.digits} digits", x_TI, lambda: _split(nodes, x_TI) if two else _round(nodes, x_TI))
+        step, zero = nodes.constant(1 / (_LARGEST if two else _FULL), np.float32), nodes.constant(_ZERO if two else _FULL + 1, np.uint8)
         widths = self.groups(columns)
         pieces = nodes.once(f"groups {widths}", digits, lambda: _cut(nodes, digits, widths))
         sums = []
         for group, piece in enumerate(pieces):
             weight = [nodes.stored(part) for part in _part_names(name, group)[:3]]
-            sums.append(nodes.contrib("QGemm", piece, step, nodes.constant(_ZERO, np.uint8), *weight, transB=1))
+            sums.append(nodes.contrib("QGemm", piece, step, zero, *weight, transB=1))
         both = sums[0] if len(sums) == 1 else nodes.op("Sum", *sums)
+        return _scaled(nodes, self._joined(nodes, both, rows) if two else both, unit, bias)
+
+    @staticmethod
+    def _joined(nodes: Nodes, both: ir.Value, rows: int) -> ir.Value:
+        """The products of the leading digits and of the second ones, [2T, O], as one sum [T, O]."""
         pair = nodes.op("Reshape", both, nodes.constant([2, -1]))
-        y = nodes.op("Reshape", nodes.op("MatMul", nodes.constant([1, 1 / _RATIO], np.float32), pair), nodes.constant([-1, rows]))
-        y = nodes.op("Mul", y, unit)
-        return y if bias is None else nodes.op("Add", y, bias)
+        found: ir.Value = nodes.op("Reshape", nodes.op("MatMul", nodes.constant([1, 1 / _RATIO], np.float32), pair), nodes.constant([-1, rows]))
+        return found
 
     def gather(self, nodes: Nodes, ids_T: ir.Value, name: str, columns: int) -> ir.Value:
         found = []
@@ -140,6 +150,18 @@ def _split(nodes: Nodes, x_TI: ir.Value) -> tuple[ir.Value, ir.Value]:
     lead = nodes.op("QuantizeLinear", scaled, step, zero)
     rest = nodes.op("Sub", scaled, nodes.op("DequantizeLinear", lead, step, zero))
     return nodes.op("Concat", lead, nodes.op("QuantizeLinear", rest, small_step, zero), axis=0), largest
+
+
+def _round(nodes: Nodes, x_TI: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """(codes uint8 [T, I], largest magnitude of each token [T, 1])."""
+    largest = nodes.op("ReduceMax", nodes.op("Abs", x_TI), axes=[1], keepdims=1)
+    step, zero = nodes.constant(1 / _FULL, np.float32), nodes.constant(_FULL + 1, np.uint8)
+    return nodes.op("QuantizeLinear", nodes.op("Div", x_TI, largest), step, zero), largest
+
+
+def _scaled(nodes: Nodes, y_TO: ir.Value, unit: ir.Value, bias: ir.Value | None) -> ir.Value:
+    scaled: ir.Value = nodes.op("Mul", y_TO, unit)
+    return scaled if bias is None else nodes.op("Add", scaled, bias)
 
 
 def _part_names(name: str, group: int) -> tuple[str, str, str, str]:

@@ -140,4 +140,4 @@ def _form(weight: Weight, kinds: set[Kind], stored: str, scheme: Scheme, family:
 
 def _table(scheme: Scheme, stored: str) -> WeightFormat:
     """8 bits in int8 graphs too: a table of fp32, as encoders are stored, would be a quarter of the file."""
-    return (replace(scheme, carried="int4") if scheme.carried == "int8" else scheme).table(stored)
+    return (replace(scheme, carried="int4") if scheme.carried in ("int8", "w8a8") else scheme).table(stored)

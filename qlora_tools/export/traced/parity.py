@@ -22,7 +22,7 @@ from torch import nn
 
 from qlora_tools.engine.plan import Source
 from qlora_tools.errors import CheckFailed, OutOfMemory
-from qlora_tools.export.decoder.parity import BOUNDS
+from qlora_tools.export.bounds import BOUNDS
 from qlora_tools.export.traced.export import MODEL_FILE, TracedExport, draw, fill
 from qlora_tools.export.traced.inputs import SIZES, results, subject_of
 from qlora_tools.export.traced.layout import Weight

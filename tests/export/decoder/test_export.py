@@ -59,6 +59,19 @@ def test_int8_uses_the_two_digit_product_on_matrices_that_are_large_enough(tmp_p
     assert kinds.count("MatMulNBits") == 2 and kinds.count("QGemm") == 5  # attention; gate, up, down in two groups of columns, head
 
 
+def test_one_digit_halves_the_rows_of_the_product_and_is_less_exact(tmp_path):
+    tiny = build("llama", hidden_size=576, intermediate_size=1152, num_hidden_layers=1, num_attention_heads=9, num_key_value_heads=3, spread=2.0)
+    ids = tokens(tiny, 1, PROMPT + STEPS)
+    errors = {}
+    for scheme in ("int8", "w8a8"):
+        (tmp_path / scheme).mkdir()
+        planned = export(tiny, tmp_path / scheme, scheme)
+        errors[scheme] = relative_error(run(tmp_path / scheme, ids), expected(carry(tiny, planned), ids))
+    kinds = [node.op_type for node in onnx.load(tmp_path / "w8a8" / "model.onnx", load_external_data=False).graph.node]
+    assert kinds.count("MatMulNBits") == 0 and kinds.count("Concat") < 10 and kinds.count("QGemm") == 7
+    assert 2e-3 < errors["w8a8"] < 0.05, errors
+
+
 def test_nf4_is_carried_as_int8_and_says_so():
     tiny = build("llama")
     planned = plan_export(tiny.source, tiny.config, "nf4")

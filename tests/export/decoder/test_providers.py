@@ -12,10 +12,11 @@ import torch
 
 from qlora_tools.checkpoint.logical import open_checkpoint
 from qlora_tools.errors import CheckFailed, NonFiniteError
+from qlora_tools.export.bounds import BOUNDS, bound_of
 from qlora_tools.export.decoder.export import plan_export, write_graph
 from qlora_tools.export.decoder.genai import write_genai_config
 from qlora_tools.export.decoder.graph import DATA_FILE
-from qlora_tools.export.decoder.parity import BOUNDS, bound_of, check_parity
+from qlora_tools.export.decoder.parity import check_parity
 from qlora_tools.export.external import place, read_stored
 from qlora_tools.export.runtime import DecoderSession
 from qlora_tools.export.schemes import scheme_of, target_for
