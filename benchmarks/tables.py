@@ -141,7 +141,7 @@ def cells() -> str:
     rows = []
     for size in dict.fromkeys((*builder, *optimum)):
         for scheme in ("int8", "w8a8", "int4"):
-            beside = [against_builder(builder.get(size, {}).get("graphs", {}).get(scheme))]
+            beside = ["-" if scheme == "w8a8" else against_builder(builder.get(size, {}).get("graphs", {}).get(scheme))]
             beside += [against_optimum(optimum.get(size, {}), f"ours {scheme} / optimum {other}") for other in ("fp32", "int8")]
             rows.append([f"{size}, {scheme}", *beside])
     heads = ["prefill x, decode x, KL: theirs to ours", "genai builder, same bits", "Optimum fp32", "Optimum dynamic int8"]
