@@ -68,9 +68,7 @@ def test_one_digit_halves_the_rows_of_the_product_and_is_less_exact(tmp_path):
         (tmp_path / scheme).mkdir()
         planned = export(tiny, tmp_path / scheme, scheme)
         errors[scheme] = relative_error(run(tmp_path / scheme, ids), expected(carry(tiny, planned), ids))
-    kinds = {
-        scheme: Counter(node.op_type for node in onnx.load(tmp_path / scheme / "model.onnx", load_external_data=False).graph.node) for scheme in errors
-    }
+    kinds = {scheme: Counter(node.op_type for node in onnx.load(tmp_path / scheme / "model.onnx", load_external_data=False).graph.node) for scheme in errors}
     assert kinds["w8a8"]["QGemm"] > kinds["int8"]["QGemm"] and kinds["w8a8"]["MatMulNBits"] < kinds["int8"]["MatMulNBits"]  # attention's too
     assert kinds["w8a8"]["QuantizeLinear"] < kinds["int8"]["QuantizeLinear"]
     assert 2e-3 < errors["w8a8"] < 0.05, errors
