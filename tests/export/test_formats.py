@@ -114,22 +114,24 @@ def test_zero_constant_and_one_sided_rows_survive(name, tmp_path):
     assert distance(carried, w) < (0.05 if "int4" in name else 0.005)
 
 
-def test_digits_of_a_token_do_not_depend_on_the_tokens_beside_it(tmp_path):
+@pytest.mark.parametrize("digits", [1, 2])
+def test_digits_of_a_token_do_not_depend_on_the_tokens_beside_it(digits, tmp_path):
     w = gaussian(40, 128)
     x = np.random.default_rng(0).standard_normal((6, 128)).astype(np.float32)
     loud = x.copy()
     loud[3] *= 1000
-    quiet_found, _ = run_format(tmp_path / "t", Digits(), w, x_TI=x)
-    loud_found, _ = run_format(tmp_path / "t", Digits(), w, x_TI=loud)
+    quiet_found, _ = run_format(tmp_path / "t", Digits(digits=digits), w, x_TI=x)
+    loud_found, _ = run_format(tmp_path / "t", Digits(digits=digits), w, x_TI=loud)
     others = [0, 1, 2, 4, 5]
     assert np.array_equal(quiet_found[others], loud_found[others])
     np.testing.assert_allclose(loud_found[3], quiet_found[3] * 1000, rtol=1e-4, atol=0.5)
 
 
-def test_digits_of_zero_and_tiny_tokens_are_finite(tmp_path):
+@pytest.mark.parametrize("digits", [1, 2])
+def test_digits_of_zero_and_tiny_tokens_are_finite(digits, tmp_path):
     x = np.zeros((3, 64), np.float32)
     x[1, 5], x[2] = 1e-20, 1e-38
-    found, carried = run_format(tmp_path / "t", Digits(), gaussian(8, 64), x_TI=x)
+    found, carried = run_format(tmp_path / "t", Digits(digits=digits), gaussian(8, 64), x_TI=x)
     assert np.isfinite(found).all() and np.all(found[0] == 0)
     np.testing.assert_allclose(found[1], x[1] @ carried.numpy().T, rtol=1e-2)
 

@@ -107,7 +107,7 @@ class Digits:
     def multiply(self, nodes: Nodes, x_TI: ir.Value, name: str, rows: int, columns: int, bias: ir.Value | None = None) -> ir.Value:
         two = self.digits == 2
         digits, unit = nodes.once(f"{self.digits} digits", x_TI, lambda: _split(nodes, x_TI) if two else _round(nodes, x_TI))
-        step, zero = nodes.constant(1 / (_LARGEST if two else _FULL), np.float32), nodes.constant(_ZERO if two else _FULL + 1, np.uint8)
+        step, zero = nodes.constant(1 / _LARGEST if two else 1.0, np.float32), nodes.constant(_ZERO if two else _FULL + 1, np.uint8)
         widths = self.groups(columns)
         pieces = nodes.once(f"groups {widths}", digits, lambda: _cut(nodes, digits, widths))
         sums = []
@@ -153,10 +153,11 @@ def _split(nodes: Nodes, x_TI: ir.Value) -> tuple[ir.Value, ir.Value]:
 
 
 def _round(nodes: Nodes, x_TI: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """(codes uint8 [T, I], largest magnitude of each token [T, 1])."""
-    largest = nodes.op("ReduceMax", nodes.op("Abs", x_TI), axes=[1], keepdims=1)
-    step, zero = nodes.constant(1 / _FULL, np.float32), nodes.constant(_FULL + 1, np.uint8)
-    return nodes.op("QuantizeLinear", nodes.op("Div", x_TI, largest), step, zero), largest
+    """(codes uint8 [T, I], scale of each token [T, 1]). Rounding by a scale per row spares a division of the whole, two extremes a copy of magnitudes."""
+    extremes = nodes.op("ReduceMax", x_TI, axes=[1], keepdims=0), nodes.op("Neg", nodes.op("ReduceMin", x_TI, axes=[1], keepdims=0))
+    scale_T = nodes.op("Mul", nodes.op("Max", *extremes), nodes.constant(1 / _FULL, np.float32))
+    zero_T = nodes.op("ConstantOfShape", nodes.op("Shape", scale_T), value=ir.tensor(np.array([_FULL + 1], np.uint8)))
+    return nodes.op("QuantizeLinear", x_TI, scale_T, zero_T, axis=0), nodes.op("Unsqueeze", scale_T, nodes.constant([1]))
 
 
 def _scaled(nodes: Nodes, y_TO: ir.Value, unit: ir.Value, bias: ir.Value | None) -> ir.Value:

@@ -119,8 +119,8 @@ def _swap(graph: ir.Graph, made: Sequence[ir.Node], replaced: Sequence[ir.Node],
 
 
 def _to_later_opset(node: ir.Node, graph: ir.Graph) -> None:
-    """Formats are written for decoder graphs, of opset 17; since 18 the maximum takes its axes as an input."""
-    if node.op_type == "ReduceMax" and "axes" in node.attributes:
+    """Formats are written for decoder graphs, of opset 17; since 18 maximum and minimum take their axes as an input."""
+    if node.op_type in ("ReduceMax", "ReduceMin") and "axes" in node.attributes:
         axes = ir.tensor(list(node.attributes.pop("axes").as_ints()), name=f"{node.name}/axes")
         value = ir.Value(name=axes.name, shape=axes.shape, type=ir.TensorType(axes.dtype), const_value=axes)
         graph.register_initializer(value)
