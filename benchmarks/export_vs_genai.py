@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 from graphs import graph_bytes, latency, open_ours, quality, tokens_of
-from measured import measure, median, public_arguments, ratio, write_result
+from measured import export_summary, measure, median, public_arguments, ratio, write_result
 from peers import python_of, versions_of
 from synthetic import SHAPES, write_base, write_tokenizer
 
@@ -88,18 +88,6 @@ def export_pair(work: Path, model: Path, precision: str, peers: str, swapped: bo
             raise SystemExit(f"{tool} {precision} failed:\n{runs[tool]['stderr']}")
         print(f"export {precision} {tool}: {runs[tool]['wall_s']:.1f} s, {runs[tool]['peak_bytes'] / 1e6:.0f} MB", flush=True)
     return runs
-
-
-def export_summary(runs: list[dict]) -> dict:
-    walls, peaks, work = ({tool: [run[tool][key] for run in runs] for tool in ("ours", "theirs")} for key in ("wall_s", "peak_bytes", "cpu_s"))
-    return {
-        "wall_s": walls,
-        "cpu_s": work,
-        "peak_bytes": peaks,
-        "times_faster": ratio(walls["theirs"], walls["ours"]),
-        "times_less_cpu": ratio(work["theirs"], work["ours"]),
-        "peak_share": median(peaks["ours"]) / median(peaks["theirs"]),
-    }
 
 
 def graph_pair(work: Path, precision: str, ids, options: argparse.Namespace) -> dict:

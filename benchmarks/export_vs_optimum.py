@@ -25,7 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from graphs import PlainGraph, graph_bytes, latency, open_ours, quality, tokens_of
-from measured import measure, median, public_arguments, ratio, write_result
+from measured import export_summary, measure, median, public_arguments, ratio, write_result
 from peers import python_of, versions_of
 from synthetic import SHAPES, write_base, write_tokenizer
 
@@ -143,17 +143,6 @@ def export_pair(work: Path, model: Path, peers: str, swapped: bool) -> dict[str,
         peak = (runs[tool]["peak_bytes"] or 0) / 1e6
         print(f"export fp32 {tool}: {runs[tool]['wall_s']:.1f} s, {peak:.0f} MB, exit {runs[tool]['returncode']}", flush=True)
     return runs
-
-
-def export_summary(runs: list[dict]) -> dict:
-    walls, peaks, work = ({tool: [run[tool][key] for run in runs] for tool in ("ours", "theirs")} for key in ("wall_s", "peak_bytes", "cpu_s"))
-    return {
-        "wall_s": walls,
-        "cpu_s": work,
-        "peak_bytes": peaks,
-        "times_faster": ratio(walls["theirs"], walls["ours"]),
-        "peak_share": median(peaks["ours"]) / median(peaks["theirs"]),
-    }
 
 
 def verdict(size: str, found: dict) -> list[str]:

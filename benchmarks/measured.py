@@ -111,3 +111,16 @@ def write_result(name: str, command: str, content: dict) -> Path:
     libraries = versions("qlora-tools", "torch", "numpy", "onnxruntime-gpu", "bitsandbytes", "transformers", "peft")
     path.write_text(json.dumps({"command": command, "machine": machine(), "versions": libraries, **content}, indent=2, sort_keys=True) + "\n")
     return path
+
+
+def export_summary(runs: list[dict]) -> dict:
+    """Times, work and peaks of ``ours`` and ``theirs`` in pairs of :func:`measure`'s results, and their ratios."""
+    walls, peaks, work = ({tool: [run[tool][key] for run in runs] for tool in ("ours", "theirs")} for key in ("wall_s", "peak_bytes", "cpu_s"))
+    return {
+        "wall_s": walls,
+        "cpu_s": work,
+        "peak_bytes": peaks,
+        "times_faster": ratio(walls["theirs"], walls["ours"]),
+        "times_less_cpu": ratio(work["theirs"], work["ours"]),
+        "peak_share": median(peaks["ours"]) / median(peaks["theirs"]),
+    }

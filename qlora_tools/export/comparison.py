@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from qlora_tools.engine.plan import Outcome, Plan, Unit
-from qlora_tools.export.external import place
-from qlora_tools.specs import TensorSpec, byte_view
+from qlora_tools.export.external import place, read_elements
+from qlora_tools.specs import TensorSpec
 
 #: Share of a tensor's elements that may differ: codes on the border between two values, decided by a float's last bit.
 TOLERATED = 1e-3
@@ -57,22 +57,16 @@ def _comparing(unit: Unit, path: Path, specs: Mapping[str, TensorSpec], offsets:
 
     def compare(*tensors: torch.Tensor) -> Outcome:
         planned = unit.apply(*tensors).tensors
-        stored = {name: _read(path, specs[name], offsets[name] + rows[name] * specs[name].row_bytes, tensor) for name, tensor in planned.items()}
+        stored = {
+            name: read_elements(path, specs[name], offsets[name] + rows[name] * specs[name].row_bytes, tensor.nbytes).view(tensor.shape)
+            for name, tensor in planned.items()
+        }
         if decode is not None:
             return Outcome(report=_held(unit.label, tensors[0], decode(planned), decode(stored)))
         differing = sum(_differing(tensor, stored[name]) for name, tensor in planned.items())
         return Outcome(report=Compared(unit.label, sum(tensor.numel() for tensor in planned.values()), differing))
 
     return replace(unit, writes=(), apply=compare)
-
-
-def _read(path: Path, spec: TensorSpec, offset: int, like: torch.Tensor) -> torch.Tensor:
-    wanted = len(byte_view(like))
-    with path.open("rb") as stream:
-        stream.seek(offset)
-        data = bytearray(stream.read(wanted))
-    assert len(data) == wanted, f"{path.name} ends inside {spec.name}"
-    return torch.frombuffer(data, dtype=spec.torch_dtype).view(like.shape)
 
 
 def _differing(planned: torch.Tensor, stored: torch.Tensor) -> int:

@@ -14,6 +14,7 @@ from qlora_tools.engine.plan import Outcome, Read, Unit, Write, row_tiles, tile_
 from qlora_tools.errors import NonFiniteError
 from qlora_tools.export.calibrated import Choice, encode_calibrated
 from qlora_tools.export.formats.format import Moments, WeightFormat
+from qlora_tools.export.formats.standard_blocks import StandardBlocks
 from qlora_tools.finite import is_finite, refuse_non_finite
 from qlora_tools.specs import TensorSpec, dtype
 
@@ -23,16 +24,21 @@ def encode_units(source: str, weight: str, name: str, form: WeightFormat, rows: 
 
     ``weight`` may have more axes than two; all but its first are the columns. ``turned``: it is stored as [columns, rows].
     """
-    parts = form.parts(name, rows, columns)
-    stored_rows = parts[0].shape[0]
-    whole = turned or getattr(form, "whole", False)
-    for tile in [None] if whole else list(row_tiles(TensorSpec(weight, "F32", (rows, columns)))):
+    parts, whole = form.parts(name, rows, columns), isinstance(form, StandardBlocks)
+    for tile in [None] if turned or whole else list(row_tiles(TensorSpec(weight, "F32", (rows, columns)))):
         start, stop = tile or (0, rows)
-        writes = tuple(Write(part.name) if getattr(form, "whole", False) else Write(part.name, start, stop - start) for part in parts)
+        writes = tuple(Write(part.name) if whole else Write(part.name, start, stop - start) for part in parts)
         yield Unit(tile_label(weight, tile), (Read(source, weight, tile),), writes, _turning(turned, encoding(form, name, weight)))
-    if stored_rows > rows and not getattr(form, "whole", False):
-        writes = tuple(Write(part.name, rows, stored_rows - rows) for part in parts)
-        yield Unit(f"{name} padding", (), writes, lambda: Outcome(form.encode(name, torch.zeros(stored_rows - rows, columns))))
+    if not whole:
+        yield from padding_units(form, name, rows, columns)
+
+
+def padding_units(form: WeightFormat, name: str, rows: int, columns: int) -> Iterator[Unit]:
+    """Rows of zeros behind the weight's own, where ``form`` stores more than it has."""
+    parts = form.parts(name, rows, columns)
+    more = parts[0].shape[0] - rows
+    if more > 0:
+        yield Unit(f"{name} padding", (), tuple(Write(part.name, rows, more) for part in parts), lambda: Outcome(form.encode(name, torch.zeros(more, columns))))
 
 
 def float_units(source: str, weight: str, target: TensorSpec, *, turned: bool = False) -> Iterator[Unit]:

@@ -36,12 +36,16 @@ def read_stored(path: Path, spec: TensorSpec, offset: int, rows: tuple[int, int]
     """The rows ``[start, stop)`` of the tensor ``spec`` that begins at ``offset`` of a finished file."""
     start, stop = rows
     assert 0 <= start <= stop <= spec.shape[0], f"rows {rows} of {spec}"
-    wanted = (stop - start) * spec.row_bytes
+    return read_elements(path, spec, offset + start * spec.row_bytes, (stop - start) * spec.row_bytes).view(stop - start, *spec.shape[1:])
+
+
+def read_elements(path: Path, spec: TensorSpec, position: int, nbytes: int) -> torch.Tensor:
+    """The elements of the tensor ``spec`` in ``nbytes`` bytes from ``position`` of a finished file, flat."""
     with path.open("rb") as stream:
-        stream.seek(offset + start * spec.row_bytes)
-        data = bytearray(stream.read(wanted))
-    assert len(data) == wanted, f"{path.name} ends inside {spec.name}"
-    return torch.frombuffer(data, dtype=spec.torch_dtype).view(stop - start, *spec.shape[1:])
+        stream.seek(position)
+        data = bytearray(stream.read(nbytes))
+    assert len(data) == nbytes, f"{path.name} ends inside {spec.name}"
+    return torch.frombuffer(data, dtype=spec.torch_dtype)
 
 
 class ExternalWriter:

@@ -1,4 +1,4 @@
-"""A model's tokenizer and the text files it reads. Free of torch: processes that measure ONNX Runtime come here too."""
+"""A model's tokenizer and the text files it reads. The module itself is light; opening a tokenizer brings transformers, and torch with it."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Nothing is read but ``config.json``, and nothing is computed with: sizes of files are those of the plans that the verbs would carry out, memory is
 that of the very classes that would run, traced on tensors without content (``live/footprint.py``). On CUDA the figures are the allocator's; what the
-driver takes for its context comes on top.
+driver takes for its context comes on top. No figure for CUDA has been held against a run on a GPU yet.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import torch
 from qlora_tools.export.decoder.graph import DATA_FILE
 from qlora_tools.export.dialects import dialect_of
 from qlora_tools.export.external import ExternalWriter
+from qlora_tools.export.formats.standard_blocks import StandardBlocks
 from qlora_tools.export.nodes import CONTRIB, Nodes
 from qlora_tools.export.target import CPU
 
@@ -28,7 +29,7 @@ def draw_format(folder, form, w_OI: torch.Tensor, *, looked_up=False, bias_O=Non
     carried = form.decode("w", parts, columns, looked_up=looked_up)
     (folder / DATA_FILE).unlink(missing_ok=True)
     with ExternalWriter(folder / DATA_FILE, specs) as writer:
-        for name, tensor in padded(parts, rows, rows if getattr(form, "whole", False) else specs[0].shape[0], form, columns).items():
+        for name, tensor in padded(parts, rows, rows if isinstance(form, StandardBlocks) else specs[0].shape[0], form, columns).items():
             writer.write(name, tensor)
     nodes = Nodes({spec.name: spec for spec in specs}, writer.offsets, DATA_FILE, target)
     if not looked_up:

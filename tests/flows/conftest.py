@@ -10,6 +10,18 @@ import pytest
 
 from qlora_tools.cli import main as cli
 
+#: The files of a decoder's export.
+EXPORT = {
+    "config.json",
+    "generation_config.json",
+    "genai_config.json",
+    "model.onnx",
+    "model.onnx.data",
+    "qlt-manifest.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+
 
 @dataclass
 class Done:

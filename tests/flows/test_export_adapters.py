@@ -14,18 +14,8 @@ from safetensors.torch import load_file, save_file
 from qlora_tools.manifest import read_manifest
 from tests.conftest import nudge
 from tests.export.adapters_run import Plain, factors_in
-from tests.flows.conftest import files
+from tests.flows.conftest import EXPORT, files
 
-BASE = {
-    "config.json",
-    "generation_config.json",
-    "genai_config.json",
-    "model.onnx",
-    "model.onnx.data",
-    "qlt-manifest.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-}
 IDS = np.arange(3, 35)[None]
 
 
@@ -60,7 +50,7 @@ def test_one_graph_holds_a_base_and_two_adapters(qlt, here, llama, adapters):
     style, code = adapters
     done = qlt("export", llama, "--int8", "--adapters", f"{style},{code}", "-o", "e", "--json")
     assert done.code == 0, done.err
-    assert files(here / "e") == BASE | {"style.onnx_adapter", "code.onnx_adapter"}
+    assert files(here / "e") == EXPORT | {"style.onnx_adapter", "code.onnx_adapter"}
     assert [(row["name"], row["file"]) for row in done.json["adapters"]] == [("style", "style.onnx_adapter"), ("code", "code.onnx_adapter")]
     assert all(row["parity"]["error_carried"] < 0.03 and row["parity"]["kl_mean"] < 1e-3 for row in done.json["adapters"])
     manifest = read_manifest(here / "e")
@@ -96,7 +86,7 @@ def test_an_adapter_stays_in_16_bits_beside_4_bit_weights(qlt, here, llama, adap
     style = adapters[0]
     assert qlt("export", llama, "--int4", "--branch", style, "-o", "beside").code == 0
     assert qlt("export", llama, "--int4", "--adapters", style, "-o", "kept").code == 0
-    assert files(here / "beside") == BASE
+    assert files(here / "beside") == EXPORT
     found, kept = Plain(here / "beside").run(IDS), Plain(here / "kept").run(IDS, factors_in(here / "kept" / "style.onnx_adapter"))
     assert np.linalg.norm(found - kept) < 1e-4 * np.linalg.norm(kept)
 

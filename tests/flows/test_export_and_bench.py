@@ -12,18 +12,8 @@ import torch
 
 from qlora_tools.checkpoint.logical import open_checkpoint
 from qlora_tools.manifest import read_manifest
-from tests.flows.conftest import files
+from tests.flows.conftest import EXPORT, files
 
-EXPORT = {
-    "config.json",
-    "generation_config.json",
-    "genai_config.json",
-    "model.onnx",
-    "model.onnx.data",
-    "qlt-manifest.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-}
 RUN = {"bench.json", "report.html", "report.md", "qlt-manifest.json"}
 
 

@@ -21,7 +21,7 @@ from qlora_tools.export.calibrated import Factors
 from qlora_tools.export.decoder.graph import cache_names
 from qlora_tools.export.decoder.layout import Layout, Vector
 from qlora_tools.export.decoder.matrices import Matrix
-from qlora_tools.export.encoding import as_float, encoding, overflow
+from qlora_tools.export.encoding import as_float, encoding, overflow, padding_units
 from qlora_tools.export.formats.format import Moments
 from qlora_tools.export.formats.normal_floats import NormalFloats
 from qlora_tools.export.formats.standard_blocks import StandardBlocks
@@ -163,11 +163,7 @@ def _encoded(matrix: Matrix, calibration: _Calibration | None, source: Source) -
             encode = _encoding(matrix, weight, moments_of)
             read, encode = _reading(piece, start, stop, encode)
             yield Unit(tile_label(weight, read.rows), (read, *moments), writes, encode)
-    stored_rows, rows = specs[0].shape[0], matrix.total_rows
-    if stored_rows > rows:
-        zeros = torch.zeros(stored_rows - rows, matrix.columns)
-        writes = tuple(Write(spec.name, rows, stored_rows - rows) for spec in specs)
-        yield Unit(f"{matrix.name} padding", (), writes, lambda: Outcome(matrix.format.encode(matrix.name, zeros)))
+    yield from padding_units(matrix.format, matrix.name, matrix.total_rows, matrix.columns)
 
 
 def _adoptable(matrix: Matrix, piece: Piece, source: Source) -> Stored | None:

@@ -8,7 +8,7 @@ from typing import Any
 import onnx_ir as ir
 
 from qlora_tools.errors import UnsupportedError
-from qlora_tools.export.dialects.dialect import AttentionCall, NormCall, lifted, parts_of, spread
+from qlora_tools.export.dialects.dialect import AttentionCall, NormCall, layer_norm, lifted, parts_of, spread
 from qlora_tools.export.nodes import CONTRIB, Nodes
 
 
@@ -49,8 +49,7 @@ class Contrib:
 
     def norm(self, nodes: Nodes, x_TH: ir.Value, call: NormCall) -> ir.Value:
         if call.kind == "layer":
-            bias = None if call.bias is None else nodes.stored(call.bias)
-            return nodes.op("LayerNormalization", x_TH, nodes.stored(call.weight), bias, epsilon=call.epsilon, axis=-1, stash_type=1)
+            return layer_norm(nodes, x_TH, call)
         return nodes.op("SimplifiedLayerNormalization", x_TH, nodes.stored(call.weight), epsilon=call.epsilon, axis=-1, stash_type=1)
 
     def skip_norm(self, nodes: Nodes, residual_TH: ir.Value, added_TH: ir.Value, call: NormCall, *, last: bool) -> tuple[ir.Value, ir.Value]:

@@ -56,6 +56,13 @@ class AttentionCall:
     rotary: Rotary | None
 
 
+def layer_norm(nodes: Nodes, x_TH: ir.Value, call: NormCall) -> ir.Value:
+    """LayerNorm, which every dialect spells alike."""
+    bias = None if call.bias is None else nodes.stored(call.bias)
+    found: ir.Value = nodes.op("LayerNormalization", x_TH, nodes.stored(call.weight), bias, epsilon=call.epsilon, axis=-1, stash_type=1)
+    return found
+
+
 class Dialect(Protocol):
     opset: int
     ir_version: int

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import onnx_ir as ir
 import torch
@@ -33,8 +32,6 @@ class StandardBlocks:
     bits: int
     block: int = 32
     compute: str = "F32"
-    whole: ClassVar[bool] = True
-    """Encoded in one piece only; other formats row by row."""
 
     @property
     def by_rows(self) -> Blocks:
