@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qlora_tools.bench.record import Workload
+    from qlora_tools.bench.record import Case, Workload
     from qlora_tools.demo.flow import DemoResult, demo
     from qlora_tools.stages.extract import ExtractConfig
     from qlora_tools.stages.init_adapter import InitConfig
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from qlora_tools.verbs.verify import VerifyResult, verify
 
 _HOMES = {
-    "qlora_tools.bench.record": ("Workload",),
+    "qlora_tools.bench.record": ("Case", "Workload"),
     "qlora_tools.demo.flow": (
         "DemoResult",
         "demo",
@@ -162,6 +162,7 @@ __all__ = [
     "Answer",
     "BenchResult",
     "CalibrateResult",
+    "Case",
     "Check",
     "ComparedAdapters",
     "ComparedLayer",

@@ -116,7 +116,7 @@ def _charts(record: BenchRecord) -> str:
     marks = '<i class="key frontier"></i>on the frontier <i class="key rest"></i>another setting is at least as good in both. Whiskers: 95 % interval.'
     split = '<i class="key a"></i>anonymous <i class="key b"></i>file-backed <i class="key peak"></i>peak of the process. Left of the dashed mark: the runtime itself, before the model was loaded.'
     sure = "Median; whisker: 95 % interval from whole runs, where there are six or more."
-    work = record.workload
+    work = record.workload.cases[0]
     drawn = [
         ("Size against divergence", marks, pareto_chart(divergence_points(record, file_megabytes), "file size (MB)")),
         ("Speed against divergence", marks, pareto_chart(divergence_points(record, decode_milliseconds), "decode, median per token (ms)")),

@@ -18,7 +18,7 @@ def write_plots(record: BenchRecord, folder: Path, *, dpi: int = 200) -> list[Pa
         "size-kl.png": lambda axes: _pareto(axes, divergence_points(record, file_megabytes), "file size (MB)"),
         "latency-kl.png": lambda axes: _pareto(axes, divergence_points(record, decode_milliseconds), "decode, median per token (ms)"),
         "decode.png": lambda axes: _timing(axes, record, "decode", "decode, median per token (ms)"),
-        "prefill.png": lambda axes: _timing(axes, record, "prefill", f"prefill of {record.workload.prompt_tokens} tokens (ms)"),
+        "prefill.png": lambda axes: _timing(axes, record, "prefill", f"prefill of {record.workload.cases[0].prompt_tokens} tokens (ms)"),
         "memory.png": lambda axes: _memory(axes, record),
         "singular-values.png": lambda axes: _decay(axes, record),
     }

@@ -1,4 +1,4 @@
-"""``bench.json``, schema ``qlt.bench/1``: the truth that the table, the page and the plots are drawn from.
+"""``bench.json``, schema ``qlt.bench/2``: the truth that the table, the page and the plots are drawn from.
 
 Frozen records that turn into JSON and back. Rules of the schema: every raw sample is kept; what is not known
 is ``null`` and its reason stands in the ``unknown`` map beside it under the same name, never a 0; a setting
@@ -23,7 +23,7 @@ from qlora_tools.bench.samples import Timing
 from qlora_tools.errors import CorruptError, MissingError, UsageError
 from qlora_tools.manifest import canonical_json
 
-SCHEMA = "qlt.bench/1"
+SCHEMA = "qlt.bench/2"
 FILE_NAME = "bench.json"
 Status = Literal["ok", "oom", "timeout", "unsupported", "error"]
 
@@ -32,7 +32,8 @@ Status = Literal["ok", "oom", "timeout", "unsupported", "error"]
 class Setting:
     """One way to run the model. ``engine`` and ``options`` as in ``engine.py``; ``path`` is what its file size is counted on.
 
-    ``export`` is the command that makes it, for readers; ``environment`` is added to the worker's.
+    ``export`` is the command that makes it, for readers; ``environment`` is added to the worker's. ``unavailable``: why it cannot be run at all (its
+    export failed, say); its rows then hold that reason.
     """
 
     id: str
@@ -44,6 +45,7 @@ class Setting:
     export: str | None = None
     threads: int | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
+    unavailable: str | None = None
 
     @property
     def name(self) -> str:
@@ -51,16 +53,40 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Workload:
-    """What every setting is asked to do: ``prompt_tokens`` in, ``new_tokens`` out (the first by prefill), ``repeats`` times per round.
+class Case:
+    """One shape of work: ``batch`` sequences of ``prompt_tokens`` in, ``new_tokens`` out of each (the first by prefill).
 
-    ``ids`` are the tokens to use, repeated as needed; without them seeded random ones are. At least ``warmup`` runs,
-    at most ``most_warmup``, come first, until three lie within 5 %.
+    A model that only looks forward once (an encoder, a classifier of images) is asked for the first of them alone.
     """
 
     prompt_tokens: int = 128
     new_tokens: int = 65
     batch: int = 1
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise UsageError(f"{name} is {value}, expected 1 or more")
+
+    @property
+    def longest(self) -> int:
+        """Positions an engine must have room for."""
+        return self.prompt_tokens + self.new_tokens
+
+    @property
+    def name(self) -> str:
+        return f"{self.batch} x {self.prompt_tokens} + {self.new_tokens}"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What every setting is asked to do: each case ``repeats`` times per round, in a process of its own.
+
+    ``ids`` are the tokens to use, repeated as needed; without them seeded random ones are. At least ``warmup`` runs,
+    at most ``most_warmup``, come first, until three lie within 5 %.
+    """
+
+    cases: tuple[Case, ...] = (Case(),)
     repeats: int = 5
     warmup: int = 3
     most_warmup: int = 8
@@ -68,16 +94,22 @@ class Workload:
     ids: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("prompt_tokens", "new_tokens", "batch", "repeats", "warmup"):
+        for name in ("repeats", "warmup"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected 1 or more")
+        if not self.cases or len(set(self.cases)) < len(self.cases):
+            raise UsageError("the workload names no case, or one twice")
         if self.ids is not None and not self.ids:
             raise UsageError("the token ids of the workload are empty")
 
     @property
     def longest(self) -> int:
         """Positions an engine must have room for."""
-        return self.prompt_tokens + self.new_tokens
+        return max(case.longest for case in self.cases)
+
+    def job(self, case: Case) -> dict[str, Any]:
+        """What a worker is told, as plain JSON."""
+        return {**{name: value for name, value in vars(self).items() if name != "cases"}, **vars(case)}
 
 
 @dataclass(frozen=True)
@@ -100,6 +132,8 @@ class Attempt:
     total_s: tuple[float, ...] = ()
     memory: Mapping[str, Any] = field(default_factory=dict)
     info: Mapping[str, Any] = field(default_factory=dict)
+    device: Mapping[str, Any] = field(default_factory=dict)
+    energy_j: float | None = None
 
 
 @dataclass(frozen=True)
@@ -120,10 +154,43 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Identity:
+    """What must hold between two figures of one row: ``left <= right``, or both equal ``within`` a share. ``held`` is ``None`` where either is not known."""
+
+    name: str
+    left_bytes: int | None
+    right_bytes: int | None
+    within: float | None
+    held: bool | None
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes on an accelerator: five numbers and never one, since each answers another question.
+
+    ``weights_bytes``: the exact sum of the stored weights. ``arena_peak_bytes``: the runtime's own allocator, extended by just what is asked for.
+    ``context_bytes``: a process that holds one operator. ``process_peak_bytes``: all of the process while the arena is so. ``as_deployed_peak_bytes``: all
+    of the process under the runtime's defaults. ``smallest_limit_bytes``: the least ``gpu_mem_limit`` under which the case runs. ``method``: ``process``
+    (the driver's figure for our process) or ``bracket`` (what the whole device lost, with ``residual_bytes`` between taken and given back).
+    """
+
+    weights_bytes: int | None = None
+    arena_peak_bytes: int | None = None
+    context_bytes: int | None = None
+    process_peak_bytes: int | None = None
+    as_deployed_peak_bytes: int | None = None
+    smallest_limit_bytes: int | None = None
+    method: str | None = None
+    residual_bytes: int | None = None
+    identities: tuple[Identity, ...] = ()
+
+
+@dataclass(frozen=True)
 class Row:
-    """One setting's figures over all rounds. ``status`` is the worst of its attempts' unless one went well."""
+    """One setting's figures at one case, over all rounds. ``status`` is the worst of its attempts' unless one went well. ``energy_j`` is per new token."""
 
     setting: str
+    case: Case
     status: Status
     reason: str | None
     attempts: tuple[Attempt, ...]
@@ -137,6 +204,8 @@ class Row:
     prefill_tokens_per_s: float | None = None
     decode_tokens_per_s: float | None = None
     memory: Memory | None = None
+    device_memory: DeviceMemory | None = None
+    energy_j: float | None = None
     cpu_stall: float | None = None
     unknown: Mapping[str, str] = field(default_factory=dict)
 
@@ -186,8 +255,12 @@ class BenchRecord:
     title: str = "Benchmark"
     schema: str = SCHEMA
 
-    def row(self, setting: str) -> Row:
-        return next(row for row in self.rows if row.setting == setting)
+    def row(self, setting: str, case: Case | None = None) -> Row:
+        """The row of a setting, at the first case unless another is named."""
+        return next(row for row in self.rows if row.setting == setting and row.case == (case or self.workload.cases[0]))
+
+    def rows_at(self, case: Case) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if row.case == case)
 
     def setting(self, setting: str) -> Setting:
         return next(found for found in self.settings if found.id == setting)

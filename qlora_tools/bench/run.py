@@ -16,7 +16,7 @@ from typing import Any
 
 from qlora_tools.bench.launch import run_worker
 from qlora_tools.bench.machine import describe_machine, versions
-from qlora_tools.bench.record import Attempt, BenchRecord, Memory, Quality, Row, Setting, Status, Workload
+from qlora_tools.bench.record import Attempt, BenchRecord, Case, Memory, Quality, Row, Setting, Status, Workload
 from qlora_tools.bench.samples import summarise
 from qlora_tools.bench.worker import LATENCY
 from qlora_tools.errors import UsageError
@@ -56,19 +56,21 @@ def run_bench(
         UsageError: no settings, two with one id, or a count below 1.
     """
     _check(settings, rounds, threads, timeout_s)
-    attempts: dict[str, list[Attempt]] = {setting.id: [] for setting in settings}
-    with progress.task("bench", rounds * len(settings) + (len(settings) if quality else 0), "runs") as task:
+    attempts: dict[tuple[str, Case], list[Attempt]] = {(setting.id, case): [] for case in workload.cases for setting in settings}
+    with progress.task("bench", rounds * len(attempts) + (len(settings) if quality else 0), "runs") as task:
         for number in range(rounds):
             shift = number % len(settings)
-            for setting in [*settings[shift:], *settings[:shift]]:
-                _read_ahead(setting)
-                attempts[setting.id].append(measure_once(setting, workload, number, threads=threads, timeout_s=timeout_s))
-                task.advance(label=setting.name)
-        rows = tuple(summarise_row(setting, workload, attempts[setting.id]) for setting in settings)
+            for case in workload.cases:
+                for setting in [*settings[shift:], *settings[:shift]]:
+                    _read_ahead(setting)
+                    attempts[setting.id, case].append(measure_once(setting, workload, case, number, threads=threads, timeout_s=timeout_s))
+                    task.advance(label=setting.name)
+        rows = tuple(summarise_row(setting, case, attempts[setting.id, case]) for case in workload.cases for setting in settings)
         judged = []
-        for setting, row in zip(settings, rows, strict=True):
-            if quality is not None:
-                judged.append(judge_once(setting, quality, row, threads=threads))
+        if quality is not None:
+            for setting in settings:
+                own = [row for row in rows if row.setting == setting.id]
+                judged.append(judge_once(setting, quality, next((row for row in own if row.status == "ok"), own[0]), threads=threads))
                 task.advance(label=f"quality of {setting.name}")
     return BenchRecord(
         created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -86,9 +88,11 @@ def run_bench(
     )
 
 
-def measure_once(setting: Setting, workload: Workload, number: int, *, threads: int, timeout_s: float) -> Attempt:
-    """One worker process for one setting."""
-    job = {"job": LATENCY, "engine": setting.engine, "options": dict(setting.options), "threads": setting.threads or threads, "workload": vars(workload)}
+def measure_once(setting: Setting, workload: Workload, case: Case, number: int, *, threads: int, timeout_s: float) -> Attempt:
+    """One worker process for one setting at one case."""
+    if setting.unavailable is not None:
+        return Attempt(number, "error", setting.unavailable, 0.0, None, None)
+    job = {"job": LATENCY, "engine": setting.engine, "options": dict(setting.options), "threads": setting.threads or threads, "workload": workload.job(case)}
     outcome = run_worker(job, timeout_s=timeout_s, environment=setting.environment)
     runs = outcome.get("runs", [])
     return Attempt(
@@ -128,14 +132,14 @@ def judge_once(setting: Setting, task: QualityTask, row: Row, *, threads: int) -
     return Quality(setting.id, task.reference.id, outcome["status"], reason, outcome.get("figures", {}))
 
 
-def summarise_row(setting: Setting, workload: Workload, attempts: Sequence[Attempt]) -> Row:
+def summarise_row(setting: Setting, case: Case, attempts: Sequence[Attempt]) -> Row:
     """Figures from the attempts that went well; a row without any keeps the worst one's reason."""
     good = [attempt for attempt in attempts if attempt.status == "ok"]
     file_bytes = weight_file_bytes(setting.path)
     unknown = {} if file_bytes is not None else {"file_bytes": "the setting names no path" if setting.path is None else "the path holds no weights"}
     if not good:
         worst = min(attempts, key=lambda attempt: _WORST_FIRST.index(attempt.status))
-        return Row(setting.id, worst.status, worst.reason, tuple(attempts), file_bytes=file_bytes, unknown=unknown)
+        return Row(setting.id, case, worst.status, worst.reason, tuple(attempts), file_bytes=file_bytes, unknown=unknown)
     weights_bytes = good[0].info.get("weights_bytes")
     if weights_bytes is None:
         unknown["weights_bytes"] = "the engine does not tell"
@@ -148,6 +152,7 @@ def summarise_row(setting: Setting, workload: Workload, attempts: Sequence[Attem
     stalls = [attempt.cpu_stall for attempt in good if attempt.cpu_stall is not None]
     return Row(
         setting=setting.id,
+        case=case,
         status="ok",
         reason=f"{len(failed)} of {len(attempts)} rounds failed: {failed[0].reason}" if failed else None,
         attempts=tuple(attempts),
@@ -158,8 +163,8 @@ def summarise_row(setting: Setting, workload: Workload, attempts: Sequence[Attem
         ttft=summarise([attempt.ttft_s for attempt in good]),
         decode=decode,
         tpot_s=tpot,
-        prefill_tokens_per_s=workload.batch * workload.prompt_tokens / prefill.p50_s if prefill.p50_s else None,
-        decode_tokens_per_s=workload.batch / tpot if tpot else None,
+        prefill_tokens_per_s=case.batch * case.prompt_tokens / prefill.p50_s if prefill.p50_s else None,
+        decode_tokens_per_s=case.batch / tpot if tpot else None,
         memory=memory,
         cpu_stall=max(stalls) if stalls else None,
         unknown={
@@ -222,11 +227,11 @@ def _notes(rows: Sequence[Row]) -> tuple[str, ...]:
     contended = [row.setting for row in rows if (row.cpu_stall or 0) > _CONTENDED]
     if contended:
         notes.append(
-            f"The machine was busy: tasks waited for a CPU more than {_CONTENDED:.0%} of the time beside {shortened(contended)}. Trust ratios, not absolute times."
+            f"The machine was busy: tasks waited for a CPU more than {_CONTENDED:.0%} of the time beside {shortened(sorted(set(contended)))}. Trust ratios, not absolute times."
         )
     unsteady = [row.setting for row in rows if any(attempt.is_steady is False for attempt in row.attempts)]
     if unsteady:
-        notes.append(f"Warm-up did not settle within 5 % for {shortened(unsteady)}.")
+        notes.append(f"Warm-up did not settle within 5 % for {shortened(sorted(set(unsteady)))}.")
     return tuple(notes)
 
 

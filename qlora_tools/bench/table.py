@@ -70,8 +70,8 @@ def leaders(column: Column, cells: Sequence[Cell]) -> list[int]:
 
 
 def bench_table(record: BenchRecord) -> Table:
-    """One line per setting, in the record's order. Columns that no setting fills are left out."""
-    work = record.workload
+    """One line per setting and case, in the record's order. Columns that no setting fills are left out."""
+    work = record.workload.cases[0]
     columns: list[tuple[Column, Callable[[Row], Cell]]] = [
         (Column("setting", "Setting"), lambda row: Cell(record.setting(row.setting).name, record.setting(row.setting).name)),
         (Column("file", "File", "MB", "low"), lambda row: _bytes(row.file_bytes, row.unknown.get("file_bytes", ""))),
@@ -131,8 +131,9 @@ def ties(record: BenchRecord) -> list[str]:
 def method(record: BenchRecord) -> str:
     """How the numbers were made, in one sentence or two."""
     work = record.workload
+    cases = ", ".join(case.name for case in work.cases)
     said = (
-        f"Latency: {work.prompt_tokens} tokens in, {work.new_tokens} out, batch {work.batch}, {record.threads} thread{'s' * (record.threads > 1)}, "
+        f"Latency: {cases} (sequences x tokens in + out), {record.threads} thread{'s' * (record.threads > 1)}, "
         f"{work.repeats} runs in each of {record.rounds} fresh processes per setting, interleaved."
     )
     judged = next((quality.figures for quality in record.quality if quality.status == "ok"), None)

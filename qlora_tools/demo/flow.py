@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_tools.bench.record import Workload
+from qlora_tools.bench.record import Case, Workload
 from qlora_tools.checkpoint.hub import resolve_model
 from qlora_tools.demo.pair import STANDARD, Pair, Recipe, make_pair
 from qlora_tools.errors import UsageError
@@ -32,7 +32,7 @@ from qlora_tools.verbs.train import TrainResult, train
 
 EXPORTS = ("fp32", "int8", "int4")
 #: Enough samples for a p95, and no more: a demo should not take longer to measure than to train.
-QUICK = Workload(prompt_tokens=128, new_tokens=33, repeats=2, most_warmup=3)
+QUICK = Workload((Case(128, 33),), repeats=2, most_warmup=3)
 
 _TRAINED, _TRAINED_RANK, _TRAINED_LR = "trained-lora", 8, 2e-3
 _REFINED, _REFINED_ADAPTER = "refined-nf4", "adapter-refined"

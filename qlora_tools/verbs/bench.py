@@ -94,9 +94,7 @@ def _check_room(folders: Sequence[Path], workload: Workload) -> None:
     for folder in folders:
         room = positions_of(folder)
         if room is not None and workload.longest > room:
-            raise UsageError(
-                f"{folder} has {room} positions, {workload.prompt_tokens} + {workload.new_tokens} tokens were asked for", hint="lower --prompt or --new"
-            )
+            raise UsageError(f"{folder} has {room} positions, {workload.longest} tokens were asked for", hint="lower --prompt or --new")
 
 
 def setting_of(folder: Path, device: str, name: str, label: str | None) -> Setting:

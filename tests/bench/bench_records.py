@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from qlora_tools.bench.record import Attempt, BenchRecord, Layer, Quality, Row, Setting, Workload
+from qlora_tools.bench.record import Attempt, BenchRecord, Case, Layer, Quality, Row, Setting, Workload
 from qlora_tools.bench.run import summarise_row
 
 
@@ -46,11 +46,11 @@ def make_record(**changes):
     settings, rows, quality = [], [], []
     for name, label, megabytes, step_s, kl, top1 in spec:
         settings.append(Setting(name, "engines:load", {"folder": name}, label=label, export=f"qlt export --{name}"))
-        row = summarise_row(settings[-1], workload, [attempt(i, step_s) for i in range(3)])
+        row = summarise_row(settings[-1], workload.cases[0], [attempt(i, step_s) for i in range(3)])
         rows.append(replace(row, file_bytes=megabytes * 10**6, unknown={}))
         quality.append(Quality(name, "fp32", "ok", None, figures(kl, top1)))
     settings.append(Setting("big", "engines:load"))
-    rows.append(Row("big", "oom", "MemoryError: no room", (Attempt(0, "oom", "MemoryError: no room", 1.0, None, None),)))
+    rows.append(Row("big", Case(), "oom", "MemoryError: no room", (Attempt(0, "oom", "MemoryError: no room", 1.0, None, None),)))
     quality.append(Quality("big", "fp32", "oom", "not judged: MemoryError: no room"))
     layers = [
         Layer(f"model.layers.{i}.{kind}", (8, 8), 2 + i, 0.8 + i / 10, 0.95, 0.1, (4.0, 2.0, 1.0))

@@ -52,7 +52,7 @@ def broken(change):
         (broken(lambda v: v["rows"][1].update(status="fine")), r"rows\[1\].status"),
         (broken(lambda v: v.update(rounds="3")), "`rounds` is str"),
         (broken(lambda v: v["rows"][0]["attempts"][0].pop("wall_s")), "wall_s"),
-        (broken(lambda v: v["workload"].update(batch=0)), "batch is 0"),
+        (broken(lambda v: v["workload"]["cases"][0].update(batch=0)), "batch is 0"),
     ],
 )
 def test_a_damaged_file_is_refused_with_the_place(content, message):

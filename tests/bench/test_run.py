@@ -2,12 +2,12 @@ from pathlib import Path
 
 import pytest
 
-from qlora_tools.bench.record import Attempt, Setting, Workload
+from qlora_tools.bench.record import Attempt, Case, Setting, Workload
 from qlora_tools.bench.run import QualityTask, run_bench, summarise_memory, summarise_row, weight_file_bytes
 from qlora_tools.errors import UsageError
 
 ENVIRONMENT = {"PYTHONPATH": str(Path(__file__).parent)}
-WORK = Workload(prompt_tokens=4, new_tokens=4, repeats=2, warmup=1, most_warmup=3)
+WORK = Workload((Case(4, 4),), repeats=2, warmup=1, most_warmup=3)
 
 
 def setting(name, engine="load", **options):
@@ -129,7 +129,7 @@ def test_the_worst_reason_stands_for_a_setting_that_never_ran():
 
 
 def test_rates_follow_from_medians():
-    row = summarise_row(setting("a"), Workload(prompt_tokens=100, new_tokens=3, batch=2), [attempt({})])
+    row = summarise_row(setting("a"), Case(100, 3, 2), [attempt({})])
     assert row.prefill_tokens_per_s == 400.0
     assert row.tpot_s == pytest.approx(0.2)
     assert row.decode_tokens_per_s == pytest.approx(10.0)

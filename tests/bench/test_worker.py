@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from qlora_tools.bench import worker
-from qlora_tools.bench.record import Workload
+from qlora_tools.bench.record import Case, Workload
 
 
 def test_every_setting_is_fed_the_same_tokens():
-    work = vars(Workload(prompt_tokens=7, new_tokens=4, batch=2, seed=3))
+    work = Workload(seed=3).job(Case(7, 4, 2))
     prompt, continuation = worker.workload_tokens(work, 32)
     assert (prompt.shape, continuation.shape) == ((2, 7), (3, 2))
     again = worker.workload_tokens(work, 32)
@@ -19,14 +19,14 @@ def test_every_setting_is_fed_the_same_tokens():
 
 
 def test_given_tokens_are_repeated_to_the_length_asked_for():
-    prompt, continuation = worker.workload_tokens(vars(Workload(prompt_tokens=4, new_tokens=3, batch=1, ids=(1, 2, 3))), 32)
+    prompt, continuation = worker.workload_tokens(Workload(ids=(1, 2, 3)).job(Case(4, 3, 1)), 32)
     assert prompt.tolist() == [[1, 2, 3, 1]]
     assert continuation.tolist() == [[2], [3]]
 
 
 def test_a_run_has_one_decode_step_fewer_than_new_tokens_and_starts_afresh():
     engine = fake_engine.TableEngine()
-    work = vars(Workload(prompt_tokens=5, new_tokens=6, repeats=2, warmup=3, most_warmup=3))
+    work = Workload(repeats=2, warmup=3, most_warmup=3).job(Case(5, 6))
     found = worker.measure_latency(engine, work, 32)
     assert [len(run["decode_s"]) for run in found["runs"]] == [5, 5]
     assert len(found["warmup_s"]) == 3
@@ -39,7 +39,7 @@ def test_a_run_has_one_decode_step_fewer_than_new_tokens_and_starts_afresh():
 def test_warm_up_goes_on_until_three_runs_agree_or_its_limit(monkeypatch):
     times = iter([9.0, 5.0, 1.0, 1.01, 1.02] + [1.0] * 9)
     monkeypatch.setattr(worker, "time_generation", lambda *a: {"total_s": next(times)})
-    work = vars(Workload(prompt_tokens=1, new_tokens=1, repeats=1, warmup=2, most_warmup=8))
+    work = Workload(repeats=1, warmup=2, most_warmup=8).job(Case(1, 1))
     found = worker.measure_latency(fake_engine.TableEngine(), work, 32)
     assert (len(found["warmup_s"]), found["is_steady"]) == (5, True)
     times = iter(float(i) for i in range(1, 99))

@@ -17,10 +17,10 @@ def text(tmp_path):
 
 
 def test_the_chain_runs_on_a_given_pair_and_again(qlt, here, llama, tuned, text, monkeypatch):
-    from qlora_tools.bench.record import Workload
+    from qlora_tools.bench.record import Case, Workload
     from qlora_tools.demo import flow
 
-    monkeypatch.setattr(flow, "QUICK", Workload(prompt_tokens=8, new_tokens=4, repeats=1, warmup=1, most_warmup=1))
+    monkeypatch.setattr(flow, "QUICK", Workload((Case(8, 4),), repeats=1, warmup=1, most_warmup=1))
     monkeypatch.setattr(flow, "EXPORTS", ("int8",))
     done = qlt("demo", "--base", llama, "--tuned", tuned, "--text", text, "--rounds", 1, "--rank", 8)
     assert done.code == 0, done.err

@@ -56,7 +56,7 @@ def command(
         models=chosen,
         reference=reference,
         text=text,
-        workload=api.Workload(prompt_tokens=prompt, new_tokens=new, batch=batch),
+        workload=api.Workload(cases=(api.Case(prompt, new, batch),)),
         rounds=rounds,
         threads=threads,
         quality_tokens=tokens,
