@@ -27,17 +27,10 @@ format: .venv/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Side by side with the other tools, which get environments of their own. About 90 minutes.
+# Side by side with the other tools, which get environments of their own. About two and a half hours; what has a result of this very code is not measured again.
+# MODEL=DIR: a real decoder as one more size. FORCE=1: measure all of it again.
 bench-peers: .venv/installed
-	$(BIN)/python benchmarks/quantize_speed.py
-	$(BIN)/python benchmarks/extract_vs_mergekit.py
-	$(BIN)/python benchmarks/train_vs_peft.py
-	$(BIN)/python benchmarks/export_vs_genai.py --pairs 5
-	$(BIN)/python benchmarks/export_vs_optimum.py
-	$(BIN)/python benchmarks/adapters_kept.py
-	$(BIN)/python benchmarks/open_elsewhere.py
-	$(BIN)/python benchmarks/memory.py --builder
-	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/side_by_side.py --run $(if $(MODEL),--model $(MODEL)) $(if $(filter-out 0,$(FORCE)),--force)
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

@@ -21,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from graphs import Graph, graph_bytes, latency, open_ours, quality, tokens_of
+from graphs import Graph, graph_bytes, latency, noise_of, open_ours, quality, tokens_of
 from measured import measure, median, public_arguments, ratio, write_result
 from peers import python_of, versions_of
 from synthetic import SHAPES, write_adapter, write_base, write_tokenizer
@@ -111,6 +111,7 @@ def switched_on(folder: Path, threads: int) -> Graph:
 def row_of(name: str, times: dict[str, dict[str, list[float]]], judged: dict[str, dict[str, Any]], size: int) -> dict[str, Any]:
     return {
         **{phase: median(values[name]) for phase, values in times.items()},
+        "against_itself": noise_of(times, name),
         "graph_bytes": size,
         "kl_mean": judged[name]["kl_mean"],
         "top1": judged[name]["top1"],

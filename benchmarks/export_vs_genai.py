@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from graphs import graph_bytes, latency, open_ours, quality, tokens_of
+from graphs import graph_bytes, latency, noise_of, open_ours, quality, tokens_of
 from measured import export_summary, measure, median, public_arguments, ratio, write_result
 from peers import python_of, versions_of
 from synthetic import SHAPES, write_base, write_tokenizer
@@ -100,6 +100,7 @@ def graph_pair(work: Path, precision: str, ids, options: argparse.Namespace) -> 
     return {
         **{phase: {tool: median(values) for tool, values in tools.items()} for phase, tools in times.items()},
         **{f"{phase.removesuffix('_ms')}_times_faster": ratio(tools["theirs"], tools["ours"]) for phase, tools in times.items()},
+        "against_itself": noise_of(times, "ours"),
         "graph_bytes": sizes,
         "kl_mean": {tool: found["kl_mean"] for tool, found in judged.items()},
         "kl_share": ratio(judged["ours"]["kl_windows"], judged["theirs"]["kl_windows"]),

@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from graphs import PlainGraph, graph_bytes, latency, open_ours, quality, tokens_of
+from graphs import PlainGraph, graph_bytes, latency, noise_of, open_ours, quality, tokens_of
 from measured import export_summary, measure, median, public_arguments, ratio, write_result
 from peers import python_of, versions_of
 from synthetic import SHAPES, write_base, write_tokenizer
@@ -88,6 +88,7 @@ def one_size(work: Path, model: Path, peers: str, options: argparse.Namespace, *
     found["graphs"] = {
         name: {
             **{phase: median(values[name]) for phase, values in times.items()},
+            "against_itself": noise_of(times, name),
             "graph_bytes": sizes[name],
             "kl_mean": judged[name]["kl_mean"],
             "top1": judged[name]["top1"],

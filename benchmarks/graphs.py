@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime as ort
-from measured import median
+from measured import against_itself, median
 
 from qlora_tools.export.runtime import DecoderSession
 
@@ -119,6 +119,11 @@ def latency(openers: Mapping[str, Callable[[], Graph]], ids: np.ndarray, rounds:
         for graph in graphs.values():
             graph.close()
     return found
+
+
+def noise_of(times: Mapping[str, Mapping[str, list[float]]], name: str) -> dict[str, Any]:
+    """How far a graph strays from itself in :func:`latency`'s rounds, by phase; empty where there were too few."""
+    return {phase: found for phase, values in times.items() if (found := against_itself(values[name])) is not None}
 
 
 def one_round(graph: Graph, ids: np.ndarray) -> dict[str, float]:

@@ -6,6 +6,8 @@ through vfork and would report the parent's size for a small child.
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import json
 import os
 import platform
@@ -38,9 +40,16 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True) if not sys.ar
 
 
 def measure(
-    module: str, arguments: Sequence[str], *, python: str = sys.executable, threads: int | None = None, cwd: Path | None = None, limit_bytes: int | None = None
+    module: str,
+    arguments: Sequence[str],
+    *,
+    python: str = sys.executable,
+    threads: int | None = None,
+    cwd: Path | None = None,
+    limit_bytes: int | None = None,
+    timeout_s: float | None = None,
 ) -> dict:
-    """``python -m module arguments`` -> ``{"wall_s", "cpu_s", "peak_bytes", "returncode", "stderr"}``.
+    """``python -m module arguments`` -> ``{"wall_s", "cpu_s", "peak_bytes", "returncode", "stderr"}``; after ``timeout_s`` it is killed and has no exit status.
 
     ``limit_bytes``: of the process's own memory (files that it maps do not count); beyond it allocations fail in that process and the machine stays usable.
     """
@@ -51,15 +60,19 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
         began = time.perf_counter()
-        done = subprocess.run(
-            [python, "-c", _CHILD, str(report), module, *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            env=environment,
-            cwd=cwd,
-            check=False,
-            preexec_fn=cap,
-        )
+        try:
+            done = subprocess.run(
+                [python, "-c", _CHILD, str(report), module, *map(str, arguments)],
+                capture_output=True,
+                text=True,
+                env=environment,
+                cwd=cwd,
+                check=False,
+                preexec_fn=cap,
+                timeout=timeout_s,
+            )
+        except subprocess.TimeoutExpired:
+            return {"wall_s": time.perf_counter() - began, "peak_bytes": None, "cpu_s": None, "returncode": None, "stderr": f"no end within {timeout_s:.0f} s"}
         wall = time.perf_counter() - began
         measured = json.loads(report.read_text()) if report.exists() else {"peak_bytes": None, "cpu_s": None}
     return {"wall_s": wall, **measured, "returncode": done.returncode, "stderr": done.stderr[-2000:]}
@@ -73,6 +86,28 @@ def ratio(left: Sequence[float], right: Sequence[float], seed: int = 0) -> dict:
     resampled = np.median(np.random.default_rng(seed).choice(pairs, (10_000, len(pairs))), axis=1)
     low, high = np.exp(np.quantile(resampled, [0.025, 0.975]))
     return {"median": float(np.exp(np.median(pairs))), "ci95": [float(low), float(high)], "pairs": len(pairs)}
+
+
+def against_itself(samples: Sequence[float]) -> dict | None:
+    """One tool's neighbouring samples paired with each other, as two tools' would be: the ratio is 1 but for noise, and ``half_width`` says how much of that there is.
+
+    ``None`` below six samples, which would tell nothing.
+    """
+    if len(samples) < 6:
+        return None
+    found = ratio(samples[: len(samples) // 2 * 2 : 2], samples[1::2])
+    return {**found, "half_width": max(found["ci95"][1] - 1, 1 / found["ci95"][0] - 1)}
+
+
+def code_version(script: Path, arguments: Sequence[str]) -> str:
+    """A hash of what a result depends on: the package, the script with the modules beside it that scripts share, and its arguments."""
+    here = Path(__file__).parent
+    files = [path for path in sorted((here.parent / "qlora_tools").rglob("*")) if path.suffix in (".py", ".json", ".txt")]
+    files += [here / script.name, *(here / f"{name}.py" for name in ("graphs", "measured", "peers", "synthetic"))]
+    seen = hashlib.sha256(json.dumps([str(word) for word in arguments]).encode())
+    for path in filter(Path.is_file, files):  # a caller may be no script of this folder
+        seen.update(f"{path.name}\n".encode() + path.read_bytes())
+    return seen.hexdigest()[:16]
 
 
 def median(values: Sequence[float]) -> float:
@@ -94,7 +129,15 @@ def machine() -> dict:
 
 
 def versions(*names: str) -> dict:
-    return {name: metadata.version(name) for name in names}
+    """Of what is installed; this package's own also where it runs from its repository."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            if name == "qlora-tools":
+                found[name] = importlib.import_module("qlora_tools").__version__
+    return found
 
 
 def public_arguments() -> str:
@@ -105,11 +148,12 @@ def public_arguments() -> str:
 
 
 def write_result(name: str, command: str, content: dict) -> Path:
-    """``benchmarks/results/<name>.json`` with the command, the machine and the versions."""
+    """``benchmarks/results/<name>.json`` with the command, the machine, the versions, and what of the code it was measured with."""
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     libraries = versions("qlora-tools", "torch", "numpy", "onnxruntime-gpu", "bitsandbytes", "transformers", "peft")
-    path.write_text(json.dumps({"command": command, "machine": machine(), "versions": libraries, **content}, indent=2, sort_keys=True) + "\n")
+    head = {"command": command, "machine": machine(), "versions": libraries, "code": code_version(Path(sys.argv[0]), sys.argv[1:])}
+    path.write_text(json.dumps({**head, **content}, indent=2, sort_keys=True) + "\n")
     return path
 
 

@@ -16,18 +16,32 @@ PACKAGES = {
     "mergekit": ("torch==2.13.0", "mergekit==0.1.5"),
     "genai": ("torch==2.13.0", "transformers==5.23.0", "onnxruntime==1.31.1", "onnxruntime-genai==0.18.0", "peft==0.21.2"),
     "optimum": ("torch==2.13.0", "onnxruntime==1.31.1", "optimum-onnx==0.1.0"),  # brings transformers 4.57 and optimum 2.1 along
+    # the last builder that has the module Olive's ModelBuilder pass asks for; its telemetry asks for requests, Gptq for datasets
+    "olive": (
+        "torch==2.13.0",
+        "transformers==5.23.0",
+        "onnxruntime==1.31.1",
+        "onnxruntime-genai==0.14.1",
+        "olive-ai==0.13.0",
+        "peft==0.21.2",
+        "requests==2.34.2",
+        "datasets==5.2.0",
+    ),
 }
 
 
 def python_of(peer: str, given: Path | None = None) -> str:
-    """The Python of ``peer``'s environment: ``given``, or one that is made now if it is not there yet."""
+    """The Python of ``peer``'s environment: ``given``, or one that is made now if it is not there yet, was left half made, or holds other versions."""
     if given is not None:
         return str(given)
-    python = ROOT / peer / "bin" / "python"
-    if not python.exists():
-        print(f"installing {peer} into {python.parents[1]}", flush=True)
-        venv.create(ROOT / peer, with_pip=True)
+    folder = ROOT / peer
+    python, stamp = folder / "bin" / "python", folder / "installed.txt"
+    wanted = "\n".join(PACKAGES[peer])
+    if not stamp.exists() or stamp.read_text(encoding="utf-8") != wanted:
+        print(f"installing {peer} into {folder}", flush=True)
+        venv.create(folder, with_pip=True)
         subprocess.run([python, "-m", "pip", "install", "-q", *PACKAGES[peer]], check=True)
+        stamp.write_text(wanted, encoding="utf-8")
     return str(python)
 
 

@@ -15,15 +15,17 @@ import json
 import os
 import platform
 import resource
-import shlex
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from measured import RESULTS, code_version, public_arguments
+
 SHAPES = ((1024, 1024), (4096, 1024), (4096, 4096), (11008, 4096), (1000, 1000))  # the last has blocks that cross rows
 PACKAGES = ("torch", "bitsandbytes", "numba", "numpy")
-RESULTS = Path(__file__).parent / "results" / "quantize_speed.json"
 NAME = "model.layers.0.mlp.up_proj.weight"
 
 
@@ -31,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--pairs", type=int, default=9)
-    parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--json", type=Path, default=RESULTS / "quantize_speed.json")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # before torch is imported
 
@@ -44,7 +46,8 @@ def main() -> None:
             print("{operation:10s} {shape!s:14s} ours {ours_ms:9.2f} ms   bitsandbytes {theirs_ms:9.2f} ms   {ratio:6.1f}x  [{low:.1f}, {high:.1f}]".format(
                 **row, low=row["ratio_ci95"][0], high=row["ratio_ci95"][1]))  # fmt: skip
     result = {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": f"python benchmarks/quantize_speed.py {public_arguments()}".strip(),
+        "code": code_version(Path(sys.argv[0]), sys.argv[1:]),
         "versions": {"python": platform.python_version()} | {package: importlib.metadata.version(package) for package in PACKAGES},
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count()},
         "threads": arguments.threads,

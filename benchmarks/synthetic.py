@@ -22,7 +22,7 @@ from qlora_tools.checkpoint.writer import CheckpointWriter
 from qlora_tools.specs import TensorSpec
 
 SHAPES = {
-    "tiny": {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512},
+    "tiny": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512},
     "11m": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6, "num_key_value_heads": 2, "vocab_size": 4096},
     "110m": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 4, "vocab_size": 32000},
     "350m": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 32000},
@@ -63,19 +63,23 @@ def specs_of(config: dict) -> list[TensorSpec]:
     ]
 
 
-def seeded(name: str, salt: int) -> torch.Generator:
+def seeded(name: str, salt: int, device: str = "cpu") -> torch.Generator:
     """A generator that depends on the tensor's name, so that the number of layers does not change the others."""
-    return torch.Generator().manual_seed(sum(ord(letter) * 31**position for position, letter in enumerate(name)) % (1 << 62) + salt)
+    return torch.Generator(device).manual_seed(sum(ord(letter) * 31**position for position, letter in enumerate(name)) % (1 << 62) + salt)
 
 
-def write_base(dest: Path, shape: str, layers: int | None = None, *, tied: bool = True, spread: float = 0.02, max_shard_bytes: int = 2_000_000_000) -> None:
-    """Random weights of that shape, their standard deviation ``spread``."""
+def write_base(
+    dest: Path, shape: str, layers: int | None = None, *, tied: bool = True, spread: float = 0.02, max_shard_bytes: int = 2_000_000_000, device: str = "cpu"
+) -> None:
+    """Random weights of that shape, their standard deviation ``spread``. Drawn on ``device``, each of which has numbers of its own."""
     config = config_of(shape, layers, tied=tied)
     dest.mkdir(parents=True)
     with CheckpointWriter(dest, specs_of(config), max_shard_bytes) as writer:
         for spec in specs_of(config):
-            tensor = torch.ones(spec.shape) if len(spec.shape) == 1 else torch.randn(spec.shape, generator=seeded(spec.name, 0)).mul_(spread)
-            writer.write(spec.name, tensor.to(torch.bfloat16))
+            tensor = (
+                torch.ones(spec.shape) if len(spec.shape) == 1 else torch.randn(spec.shape, generator=seeded(spec.name, 0, device), device=device).mul_(spread)
+            )
+            writer.write(spec.name, tensor.to(torch.bfloat16).cpu())
     (dest / "config.json").write_text(json.dumps(config, indent=2))
 
 

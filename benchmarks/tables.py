@@ -1,26 +1,25 @@
-"""The README's tables, generated from the committed results so that text and numbers cannot drift apart.
+"""The tables of README.md and benchmarks/README.md, generated from the committed results so that text and numbers cannot drift apart.
 
-python benchmarks/tables.py            # rewrite README.md between its markers
-python benchmarks/tables.py --check    # exit 1 if it would change
+python benchmarks/tables.py            # rewrite both between their markers
+python benchmarks/tables.py --check    # exit 1 if one would change
+
+What a claim is and whether it is held is ``claims.py``'s. :func:`measured_files` lists every result file with the table that shows it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from claims import HEADS, RESULTS, everything, headline, interval, on_cuda, result, sizes, tally
+
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = Path(__file__).parent / "results"
-
-
-def result(name: str) -> dict[str, Any] | None:
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
@@ -28,111 +27,20 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def interval(found: dict[str, Any]) -> str:
-    low, high = found["ci95"]
-    return f"{found['median']:.2f} [{low:.2f}, {high:.2f}]" if found["median"] < 10 else f"{found['median']:.1f} [{low:.1f}, {high:.1f}]"
-
-
 def peers() -> str:
-    """One row per claim against another tool: what, ours, theirs, ratio, bar."""
-    rows = [*extraction(), *quantization(), *training(), *exports(), *exports_beside_optimum(), *graphs(), *adapters_kept()]
-    return table(["what", "qlt", "peer", "ratio [95 %]", "wanted"], rows)
+    """One row per claim against another tool at one size, with its bar."""
+    return table(HEADS, [claim.cells for claim in headline()])
 
 
-def extraction() -> Iterator[list[str]]:
-    if found := result("extract_vs_mergekit"):
-        walls = {name: median([run[name]["wall_s"] for run in found["runs"]]) for name in ("qlt", "mergekit")}
-        peaks = {name: max(run[name]["peak_bytes"] for run in found["runs"]) / 1e6 for name in ("qlt", "mergekit")}
-        above = found["error_above_optimum"]
-        yield [
-            "extract, 350 M, rank 16: time",
-            f"{walls['qlt']:.1f} s",
-            f"{walls['mergekit']:.0f} s (mergekit)",
-            f"{interval(found['times_faster'])} x faster",
-            ">= 20",
-        ]
-        yield ["… peak memory", f"{peaks['qlt']:.0f} MB", f"{peaks['mergekit']:.0f} MB", f"{found['peak_share']:.2f} of theirs", "<= 0.5"]
-        yield ["… error above the optimum", f"{above['qlt']:.1e}", f"{above['mergekit']:.1e}", "", "<= 1e-4"]
+def side_by_side() -> str:
+    """Every claim at every size, and how many hold."""
+    found = everything()
+    return f"{tally(found)}.\n\n{table(HEADS, [claim.cells for claim in found])}"
 
 
-def quantization() -> Iterator[list[str]]:
-    for row in (result("quantize_speed") or {"rows": []})["rows"]:
-        if row["operation"] == "quantize" and row["shape"] in ([4096, 4096], [11008, 4096]) and row["threads"] == 1:
-            low, high = row["ratio_ci95"]
-            what = f"NF4 + DQ, {row['shape'][0]} x {row['shape'][1]}, bytes equal, 1 thread"
-            yield [
-                what,
-                f"{row['ours_ms']:.0f} ms",
-                f"{row['theirs_ms']:.0f} ms (bitsandbytes)",
-                f"{row['ratio']:.1f} [{low:.1f}, {high:.1f}] x faster",
-                ">= 10",
-            ]
-
-
-def training() -> Iterator[list[str]]:
-    for name, place in (("train_vs_peft", "CPU"), ("train_vs_peft_cuda", "CUDA")):
-        if found := result(name):
-            bar = {"CPU": (">= 1.5", "<= 0.8"), "CUDA": (">= 1.4", "<= 0.7")}[place]
-            speeds, peaks = ({side: median([run[side][key] for run in found["runs"]]) for side in found["runs"][0]} for key in ("tokens_per_s", "peak_bytes"))
-            for side, item in found["against"].items():
-                peer = side.replace("peft", "PEFT + Trainer")
-                wanted = bar if side == "peft" else ("", "")
-                what = (
-                    f"train on NF4, {found['shape']}, {found['batch']} x {found['length']}, {place}: tokens/s"
-                    if side == "peft"
-                    else "… the same, peer without checkpointing"
-                )
-                yield [what, f"{speeds['qlt']:,.0f}", f"{speeds[side]:,.0f} ({peer})", f"{interval(item['times_faster'])} x faster", wanted[0]]
-                yield ["… peak memory", f"{peaks['qlt'] / 1e6:,.0f} MB", f"{peaks[side] / 1e6:,.0f} MB", f"{item['peak_share']:.2f} of theirs", wanted[1]]
-    if found := result("train_quality"):
-        perplexity = found["perplexity"]
-        ours, full = min(perplexity["lora"].values()), min(perplexity["full"].values())
-        what = f"LoRA r={found['rank']} on NF4, {found['steps']} steps: perplexity (base {perplexity['base']:.0f})"
-        yield [what, f"{ours:.1f}", f"{full:.1f} (full fine-tune)", f"{100 * found['gain_kept']:.1f} % of the gain", ">= 95 %"]
-
-
-def sizes(name: str) -> dict[str, dict[str, Any]]:
-    """Model -> what was found of it; results of one size alone are of the 350 M shape."""
-    found = result(name) or {"sizes": {}}
-    sized: dict[str, dict[str, Any]] = found.get("sizes", {"350m": found})
-    return sized
-
-
-def exports() -> Iterator[list[str]]:
-    for scheme, item in sizes("export_vs_genai").get("350m", {"exports": {}})["exports"].items():
-        ours, theirs = (median(item["wall_s"][side]) for side in ("ours", "theirs"))
-        yield [f"export {scheme}, 350 M: time", f"{ours:.1f} s", f"{theirs:.1f} s (genai builder)", f"{interval(item['times_faster'])} x faster", ">= 3"]
-        ours, theirs = (median(item["peak_bytes"][side]) / 1e6 for side in ("ours", "theirs"))
-        yield ["… peak memory", f"{ours:.0f} MB", f"{theirs:.0f} MB", f"{item['peak_share']:.2f} of theirs", "<= 0.33"]
-
-
-def exports_beside_optimum() -> Iterator[list[str]]:
-    if item := sizes("export_vs_optimum").get("350m", {}).get("export"):
-        ours, theirs = (median(item["wall_s"][side]) for side in ("ours", "theirs"))
-        yield ["export fp32, 350 M: time", f"{ours:.1f} s", f"{theirs:.1f} s (Optimum)", f"{interval(item['times_faster'])} x faster", ">= 2"]
-        ours, theirs = (median(item["peak_bytes"][side]) / 1e6 for side in ("ours", "theirs"))
-        yield ["… peak memory", f"{ours:.0f} MB", f"{theirs:.0f} MB", f"{item['peak_share']:.2f} of theirs", ""]
-
-
-def graphs() -> Iterator[list[str]]:
-    for scheme, item in sizes("export_vs_genai").get("350m", {"graphs": {}})["graphs"].items():
-        bar = (">= 1.5", ">= 1.0", "<= 1.0") if scheme == "int8" else ("", "", "")
-        prefill, decode, divergence = item["prefill_ms"], item["decode_ms"], item["kl_mean"]
-        what = f"{scheme} graph, 350 M: prefill of 128 tokens"
-        yield [what, f"{prefill['ours']:.0f} ms", f"{prefill['theirs']:.0f} ms", f"{interval(item['prefill_times_faster'])} x faster", bar[0]]
-        yield ["… decode step", f"{decode['ours']:.1f} ms", f"{decode['theirs']:.1f} ms", f"{interval(item['decode_times_faster'])} x faster", bar[1]]
-        yield ["… KL to fp32", f"{divergence['ours']:.1e}", f"{divergence['theirs']:.1e}", f"{interval(item['kl_share'])} of theirs", bar[2]]
-
-
-def adapters_kept() -> Iterator[list[str]]:
-    if found := result("adapters_kept"):
-        theirs = next(name for name in found["graphs"] if name.startswith("builder"))
-        for scheme, bar in (("int8", "<= 1e-3"), ("int4", "")):
-            ours, other = found["graphs"][f"{scheme} kept, on"], found["graphs"][theirs]
-            what = f"{scheme} graph, adapter kept as input, {found['shape']}: KL to the unmerged model"
-            yield [what, f"{ours['kl_mean']:.1e}", f"{other['kl_mean']:.1e} (genai builder, int4)", "", bar]
-            faster = interval(found["decode_times_faster"][f"{scheme} kept, on / {theirs}"])
-            yield ["… decode step", f"{ours['decode_ms']:.1f} ms", f"{other['decode_ms']:.1f} ms", f"{faster} x faster", ">= 1.0"]
+def cuda() -> str:
+    """The claims that need a GPU, measured or not."""
+    return table(HEADS, [claim.cells for claim in on_cuda()])
 
 
 def cells() -> str:
@@ -342,19 +250,85 @@ def commands() -> str:
     return "Made by " + ", ".join(f"`{command}`" for command in found) + f" on {machine['cores']} cores of an {machine['cpu']}."
 
 
-def median(values: list[float]) -> float:
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
-
-
 def chain() -> str:
     """The demo's own table, as ``qlt demo`` wrote it."""
     path = RESULTS / "demo.md"
     return path.read_text(encoding="utf-8").split("\n\n")[0] if path.exists() else "not measured"
 
 
+def estimates() -> str:
+    """`qlt estimate` of running a model, beside the peak of the process that then ran it."""
+    if not (found := result("estimate")):
+        return "not measured"
+    rows = [
+        [
+            f"{row['shape']}{'' if row['tied'] else ', untied'}, {row['case']}{'' if row['fitted'] else ', unseen'}",
+            f"{row['kind']} {row['setting']}",
+            f"{row['estimate_bytes'] / 1e6:,.0f} MB",
+            f"{row['peak_bytes'] / 1e6:,.0f} MB",
+            f"{100 * row['error']:+.1f} %",
+        ]
+        for row in found["rows"]
+    ]
+    return table(["shape, batch x prompt + new", "setting", "estimated", "peak RSS", "error"], rows)
+
+
+def resnet() -> str:
+    """int8 convolutions over a whole ResNet-50, beside what onnxruntime's own quantizer makes."""
+    if not (found := result("convolutions")):
+        return "not measured"
+    rows = [
+        [name, f"{row['median_ms']:.0f} ms", f"{row['speedup']:.2f}", f"{100 * row['error']:.1f} %"] for name, row in found["resnet50"]["threads 1"].items()
+    ]
+    return table(["ResNet-50, random weights, 1 thread", "one image", "x faster than fp32", "error of the logits"], rows)
+
+
+#: Result file -> the blocks below that show it, or where else it is told.
+SHOWN = {
+    "adapters_kept": "peers, side-by-side",
+    "convolutions": "resnet",
+    "cpu_kernels": "no table: 100 rows that the choice of kernels rests on, see LOG.md",
+    "cuda": "side-by-side",
+    "estimate": "estimates, side-by-side",
+    "estimate_cuda": "side-by-side",
+    "export_calibrated": "kept, side-by-side",
+    "export_vs_genai": "peers, cells, side-by-side",
+    "export_vs_genai_tied": "no table: an earlier run of one size with tied embeddings",
+    "export_vs_olive": "side-by-side",
+    "export_vs_optimum": "peers, cells, side-by-side",
+    "extract_vs_mergekit": "peers, side-by-side",
+    "extract_weighted": "kept",
+    "gptq_speed": "kept, side-by-side",
+    "memory": "memory, side-by-side",
+    "merge": "kept, side-by-side",
+    "nf4_search": "kept, side-by-side",
+    "open_elsewhere": "opened",
+    "quantize_calibrated": "kept, side-by-side",
+    "quantize_speed": "peers, side-by-side",
+    "refine_shakespeare-heavy": "kept",
+    "refine_shakespeare-light": "kept",
+    "train_memory": "training-memory, side-by-side",
+    "train_quality": "peers, side-by-side",
+    "train_vs_peft": "peers, side-by-side",
+    "train_vs_peft_cuda": "peers, side-by-side",
+}
+
+
+def measured_files() -> str:
+    """Every result file, its command, and where it is shown."""
+    rows = []
+    for path in sorted(RESULTS.glob("*.json")):
+        command = (result(path.stem) or {})["command"].removeprefix("python benchmarks/").strip()
+        rows.append([f"`{path.stem}`", f"`{command}`", SHOWN.get(path.stem, "**nowhere**")])
+    return table(["result", "made by", "shown in"], rows).replace("---:", "---")
+
+
 BLOCKS = {
+    "side-by-side": side_by_side,
+    "cuda": cuda,
+    "resnet": resnet,
+    "estimates": estimates,
+    "results": measured_files,
     "chain": chain,
     "peers": peers,
     "kept": kept,
@@ -377,12 +351,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    path = ROOT / "README.md"
-    before = path.read_text(encoding="utf-8")
-    after = generated(before)
+    stale = False
+    for path in (ROOT / "README.md", ROOT / "benchmarks/README.md"):
+        before = path.read_text(encoding="utf-8")
+        after = generated(before)
+        stale |= before != after
+        if not options.check:
+            path.write_text(after, encoding="utf-8")
     if options.check:
-        sys.exit(before != after)
-    path.write_text(after, encoding="utf-8")
+        sys.exit(stale)
 
 
 if __name__ == "__main__":

@@ -29,12 +29,13 @@ if TYPE_CHECKING:
         resize_adapter,
         sum_adapters,
     )
-    from qlora_tools.verbs.bench import BenchResult, bench, layers_of
+    from qlora_tools.verbs.bench import BenchPlan, BenchResult, bench, layers_of, sweep
     from qlora_tools.verbs.calibrate import CalibrateResult, HeardInput, calibrate
     from qlora_tools.verbs.convert import ConvertResult, convert
     from qlora_tools.verbs.doctor import Check, Diagnosis, doctor
     from qlora_tools.verbs.estimate import EstimateConfig, EstimateResult, estimate
     from qlora_tools.verbs.evaluate import EvalResult, Judged, evaluate
+    from qlora_tools.verbs.evaluate_outputs import JudgedOutputs, OutputsResult
     from qlora_tools.verbs.export import ExportedAdapter, ExportResult, export
     from qlora_tools.verbs.extract import ExtractResult, extract
     from qlora_tools.verbs.generate import Answer, GenerateResult, generate
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from qlora_tools.verbs.merge import MergeConfig, MergeResult, TensorRetention, merge
     from qlora_tools.verbs.quantize import QuantizeResult, quantize
     from qlora_tools.verbs.refine import RefineReport, RefineResult, refine
+    from qlora_tools.verbs.report import Report, ReportResult, report
     from qlora_tools.verbs.syntax import JudgedSyntax, SyntaxResult, evaluate_syntax
     from qlora_tools.verbs.train import TrainReport, TrainResult, train
     from qlora_tools.verbs.verify import VerifyResult, verify
@@ -71,9 +73,11 @@ _HOMES = {
         "sum_adapters",
     ),
     "qlora_tools.verbs.bench": (
+        "BenchPlan",
         "BenchResult",
         "bench",
         "layers_of",
+        "sweep",
     ),
     "qlora_tools.verbs.calibrate": (
         "CalibrateResult",
@@ -98,6 +102,10 @@ _HOMES = {
         "EvalResult",
         "Judged",
         "evaluate",
+    ),
+    "qlora_tools.verbs.evaluate_outputs": (
+        "JudgedOutputs",
+        "OutputsResult",
     ),
     "qlora_tools.verbs.export": (
         "ExportResult",
@@ -142,6 +150,11 @@ _HOMES = {
         "RefineResult",
         "refine",
     ),
+    "qlora_tools.verbs.report": (
+        "Report",
+        "ReportResult",
+        "report",
+    ),
     "qlora_tools.verbs.syntax": (
         "JudgedSyntax",
         "SyntaxResult",
@@ -160,6 +173,7 @@ _HOMES = {
 
 __all__ = [
     "Answer",
+    "BenchPlan",
     "BenchResult",
     "CalibrateResult",
     "Case",
@@ -185,14 +199,18 @@ __all__ = [
     "InitResult",
     "Inspection",
     "Judged",
+    "JudgedOutputs",
     "JudgedSyntax",
     "KeptAdapter",
     "MergeConfig",
     "MergeResult",
+    "OutputsResult",
     "QuantizeResult",
     "RefineConfig",
     "RefineReport",
     "RefineResult",
+    "Report",
+    "ReportResult",
     "ResizeResult",
     "SumResult",
     "SyntaxResult",
@@ -222,8 +240,10 @@ __all__ = [
     "merge",
     "quantize",
     "refine",
+    "report",
     "resize_adapter",
     "sum_adapters",
+    "sweep",
     "train",
     "verify",
 ]

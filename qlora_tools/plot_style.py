@@ -10,8 +10,8 @@ import io
 from contextlib import AbstractContextManager
 from typing import Any
 
-BLUE, ORANGE, TEAL, PURPLE, GOLD, ROSE = "#2a6fdb", "#c2571a", "#1b9e8a", "#8a4fbf", "#b8860b", "#d0457e"
-COLOURS = (BLUE, ORANGE, TEAL, PURPLE, GOLD, ROSE)
+BLUE, ORANGE, TEAL, PURPLE, GOLD, ROSE, GREEN, SLATE = "#2a6fdb", "#c2571a", "#1b9e8a", "#8a4fbf", "#b8860b", "#d0457e", "#4d7a1f", "#5c6470"
+COLOURS = (BLUE, ORANGE, TEAL, PURPLE, GOLD, ROSE, GREEN, SLATE)
 GREY, INK = "#9a9992", "#1d1d1b"
 _STYLE = {
     "font.size": 9,

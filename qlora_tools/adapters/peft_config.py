@@ -22,6 +22,7 @@ from typing import Any
 from qlora_tools.adapters.fields import Fields, is_empty
 from qlora_tools.adapters.path_patterns import path_pattern
 from qlora_tools.errors import CorruptError, MissingError, UnsupportedError
+from qlora_tools.names import shortened
 
 FILE_NAME = "adapter_config.json"
 _NUMBER = re.compile(r"\.(\d+)\.")
@@ -79,7 +80,7 @@ _REASONS: Mapping[str, str] = {
     "use_qalora": "its A factor acts on pooled input groups",
     "monteclora_config": "its weights are sampled",
     "layer_replication": "the adapted model has more layers than its base",
-    "target_parameters": "it adapts 3-D expert parameters",
+    "target_parameters": "it adapts parameters that hold all experts in one, each with factors of its own",
     "use_bdlora": "its factors are block-diagonal",
     "arrow_config": "it routes between adapters by input",
     "kasa_config": "it carries singular values of its own and changes the base",
@@ -221,7 +222,8 @@ def _refuse(content: Mapping[str, Any], where: str) -> None:
         )
     for name, value in content.items():
         if not is_empty(value) and FIELDS.get(name, "unknown") == "refused":
-            raise UnsupportedError(f"{where}: `{name}` is set; {_REASONS[name]}", hint="merge this adapter with PEFT itself")
+            named = f" ({shortened(map(str, value))})" if isinstance(value, list | tuple) else ""
+            raise UnsupportedError(f"{where}: `{name}` is set{named}; {_REASONS[name]}", hint="merge this adapter with PEFT itself")
         if not is_empty(value) and name not in FIELDS:
             raise UnsupportedError(
                 f"{where}: `{name}` = {str(value)[:80]} is unknown to this version and may change what the adapter computes", hint="remove it if it does not"

@@ -1,14 +1,18 @@
 """A checkpoint folder run by transformers: what a user gets without exporting.
 
-Serves fp32 and bf16 folders and folders that bitsandbytes quantized, which transformers loads by their own
-``quantization_config``. Imported inside the worker only, since it brings torch with it at once: the time and memory
-of that import are measured as such.
+Serves fp32 and bf16 folders, as they are or quantized by bitsandbytes while they are loaded, and folders that
+bitsandbytes quantized, which transformers loads by their own ``quantization_config``. Imported inside the worker only,
+since it brings torch with it at once: the time and memory of that import are measured as such.
+
+On a GPU work is queued and logits are copied to the host, which waits for them: what a caller times has happened.
 
 Axes: B sequences, T positions, V vocabulary.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,37 +20,110 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.cache_utils import DynamicCache
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
 
-from qlora_tools.errors import MissingError, UsageError
+from qlora_tools.errors import CorruptError, MissingError, UsageError
 
 FACTORY = "qlora_tools.bench.hf_engine:load"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "stored": "auto"}
+QUANTIZATIONS = ("nf4", "int8")
+#: torch's allocator has one way of growing, so these change nothing here; a setting may name them for any engine.
+MEMORY_MODES = ("runtime", "deployed", "lean")
 
 
-def load(path: str, *, threads: int, dtype: str = "stored", device: str = "cpu", adapter: str | None = None) -> TransformersEngine:
+def load(
+    path: str,
+    *,
+    threads: int,
+    dtype: str = "stored",
+    device: str = "cpu",
+    adapter: str | None = None,
+    quantize: str | None = None,
+    memory: str = "runtime",
+    memory_limit: int | None = None,
+) -> TransformersEngine:
     """Load a local folder. ``dtype``: ``fp32``, ``bf16``, ``fp16``, or ``stored``, as its config says.
 
+    ``quantize``: ``nf4`` (with double quantization) or ``int8``, by bitsandbytes while a dense folder is loaded; ``dtype`` is then what it computes in.
     ``adapter``: a PEFT folder, put on top by PEFT itself and left unmerged, as a user of PEFT would run it.
+    ``memory``: one of :data:`MEMORY_MODES`; ``memory_limit``: the most bytes that torch's allocator may take of a GPU.
 
     Raises:
-        UsageError, MissingError: unknown dtype; no such folder.
+        UsageError: a word that is not known, no such device, or a folder that is quantized already. MissingError: no such folder.
     """
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    words = loading_words(path, threads=threads, dtype=dtype, device=device, quantize=quantize, memory=memory, memory_limit=memory_limit)
+    return TransformersEngine(settled(AutoModelForCausalLM.from_pretrained(path, **words), adapter))
+
+
+def loading_words(
+    path: str, *, threads: int, dtype: str, device: str, quantize: str | None = None, memory: str = "runtime", memory_limit: int | None = None
+) -> dict[str, Any]:
+    """What a class's ``from_pretrained`` is told, for options as :func:`load` takes them; torch is set up on the way.
+
+    Raises:
+        As :func:`load`.
+    """
+    for name, word, words in (("dtype", dtype, DTYPES), ("quantize", quantize, (None, *QUANTIZATIONS)), ("memory", memory, MEMORY_MODES)):
+        if word not in words:
+            raise UsageError(f"{name} {word!r}: expected one of {', '.join(str(known) for known in words if known)}")
     if not (Path(path) / "config.json").is_file():
         raise MissingError(f"{path} holds no config.json", hint="give a model folder")
+    _prepare_device(device, memory_limit)
     torch.set_num_threads(threads)
-    logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], device_map={"": device}, local_files_only=True)
+    disable_progress_bar()
+    quantization = {} if quantize is None else {"quantization_config": _quantization(quantize, dtype, Path(path))}
+    return {"dtype": DTYPES[dtype], "device_map": {"": device}, "local_files_only": True, **quantization}
+
+
+def settled(model: Any, adapter: str | None = None) -> Any:
+    """A model that was just loaded, ready to run: a PEFT folder on top, and every copy to the device arrived."""
     if adapter is not None:
         from peft import PeftModel
 
         # the inner model: PEFT's wrapper adds nothing once the layers are in place, and takes other keywords
         model = PeftModel.from_pretrained(model, adapter, is_trainable=False).get_base_model()
-    return TransformersEngine(model.eval())
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)  # loading ends when the copies have arrived
+    return model.eval()
+
+
+def _prepare_device(device: str, memory_limit: int | None) -> None:
+    """Raises:
+    UsageError: torch has no such device, or a limit that it cannot keep.
+    """
+    kind = device.partition(":")[0]
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device `{device}`: this torch ({torch.__version__}) finds no CUDA device", hint="run `qlt doctor`")
+    if memory_limit is None:
+        return
+    if kind != "cuda" or memory_limit < 1:
+        raise UsageError(f"memory_limit is {memory_limit} bytes on device `{device}`: expected 1 or more, on a GPU")
+    number = torch.device(device).index or 0
+    total = torch.cuda.get_device_properties(number).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(memory_limit / total, 1.0), number)
+
+
+def _quantization(name: str, dtype: str, folder: Path) -> BitsAndBytesConfig:
+    """Raises:
+    UsageError: the folder is quantized already. CorruptError: config.json is not JSON.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CorruptError(f"{folder / 'config.json'} is not JSON: {error}") from error
+    if "quantization_config" in config:
+        raise UsageError(f"{folder} is quantized already, so it cannot be quantized to {name}", hint="leave `quantize` out, or give the dense model")
+    if name == "int8":
+        # it says with every product that inputs are cast to fp16; writing that would be timed
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        return BitsAndBytesConfig(load_in_8bit=True)
+    stored = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    compute = {str(known).removeprefix("torch."): known for known in DTYPES.values()}.get(stored) if dtype == "stored" else DTYPES[dtype]
+    if compute is None:
+        raise CorruptError(f"{folder / 'config.json'} says dtype {stored!r}", hint="give `dtype`")
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute)
 
 
 class TransformersEngine:
@@ -104,7 +181,10 @@ def quantization_method(config: Any) -> str | None:
 
 
 def stored_bytes(model: torch.nn.Module) -> int:
-    """Bytes of all weights as they lie in memory, shared storages once; quantization constants that bitsandbytes keeps beside a weight included."""
+    """Bytes of all weights as they lie in memory, shared storages once; quantization constants that bitsandbytes keeps beside a weight included.
+
+    On the CPU bitsandbytes packs 4-bit weights anew with their first use: count before it.
+    """
     seen: dict[int, int] = {}
 
     def count(tensor: Any) -> None:
@@ -121,6 +201,8 @@ def stored_bytes(model: torch.nn.Module) -> int:
             count(getattr(state, "code", None))
             count(getattr(state, "offset", None))
             state = getattr(state, "state2", None)
+    for module in model.modules():
+        count(getattr(getattr(module, "state", None), "SCB", None))  # where 8-bit layers keep their scales after the first use
     for buffer in model.buffers():
         count(buffer)
     return sum(seen.values())

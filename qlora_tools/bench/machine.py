@@ -30,6 +30,11 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def lasting_facts() -> dict[str, Any]:
+    """Those that are the same whenever the same machine is asked."""
+    return {name: fact for name, fact in describe_machine().items() if name not in ("load_average", "governor")}
+
+
 def versions() -> dict[str, str]:
     """Installed libraries that shape the numbers."""
     return library_versions()

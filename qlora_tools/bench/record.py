@@ -10,15 +10,13 @@ Times are seconds (``_s``), sizes bytes (``_bytes``), quality figures as ``quali
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
-import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
+from qlora_tools.bench.plain import from_plain, to_plain
 from qlora_tools.bench.samples import Timing
 from qlora_tools.errors import CorruptError, MissingError, UsageError
 from qlora_tools.manifest import canonical_json
@@ -114,7 +112,11 @@ class Workload:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One worker process: what it measured, or why it did not. ``memory`` holds the readings per phase as ``memory.py`` takes them."""
+    """One worker process: what it measured, or why it did not. Two of one round: the machine was busy, so it was measured again (``rows.counted``).
+
+    ``memory`` holds the readings per phase as ``process_memory.py`` takes them; ``device`` the accelerator's ``before``, ``during`` and ``after``.
+    ``energy_j`` is per new token, the prompt's share included.
+    """
 
     round: int
     status: Status
@@ -137,6 +139,30 @@ class Attempt:
 
 
 @dataclass(frozen=True)
+class Identity:
+    """What must hold between two figures of one row: ``left <= right``, or both equal ``within`` a share. ``held`` is ``None`` where either is not known."""
+
+    name: str
+    left_bytes: int | None
+    right_bytes: int | None
+    within: float | None
+    held: bool | None
+
+
+def at_most(name: str, left_bytes: int | None, right_bytes: int | None, slack: float = 0.0) -> Identity:
+    """``left <= right``, give or take a share ``slack`` of the right for counters that were not read at the same instant."""
+    known = left_bytes is not None and right_bytes is not None
+    return Identity(name, left_bytes, right_bytes, None, left_bytes <= right_bytes * (1 + slack) if known else None)  # type: ignore[operator]
+
+
+def same(name: str, left_bytes: int | None, right_bytes: int | None, within: float) -> Identity:
+    """Both equal within a share of the larger."""
+    if left_bytes is None or right_bytes is None:
+        return Identity(name, left_bytes, right_bytes, within, None)
+    return Identity(name, left_bytes, right_bytes, within, abs(left_bytes - right_bytes) <= within * max(left_bytes, right_bytes))
+
+
+@dataclass(frozen=True)
 class Memory:
     """Bytes, the largest over the rounds. Peaks are the kernel's high-water marks; ``anon`` and ``file`` are what was resident after the timed runs.
 
@@ -151,17 +177,7 @@ class Memory:
     anon_bytes: int | None
     file_bytes: int | None
     pss_bytes: int | None
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What must hold between two figures of one row: ``left <= right``, or both equal ``within`` a share. ``held`` is ``None`` where either is not known."""
-
-    name: str
-    left_bytes: int | None
-    right_bytes: int | None
-    within: float | None
-    held: bool | None
+    identities: tuple[Identity, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -224,7 +240,10 @@ class Quality:
 
 @dataclass(frozen=True)
 class Layer:
-    """One extracted layer, for the report's own section. Energies are shares of the squared norm of the change."""
+    """One extracted layer, for the report's own section. Energies are shares of the squared norm of the change.
+
+    ``retention``: the share of the adapter's change that the stored weights hold after a merge. Without an extraction ``shape`` is empty and ``rank`` 0.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -233,11 +252,12 @@ class Layer:
     best_energy: float | None = None
     relative_error: float | None = None
     singular_values: tuple[float, ...] | None = None
+    retention: float | None = None
 
 
 @dataclass(frozen=True)
 class BenchRecord:
-    """All of one benchmark."""
+    """All of one benchmark. ``stall_limit``: the share of waiting for a CPU, declared before, above which an attempt was taken once more."""
 
     created: str
     command: tuple[str, ...]
@@ -250,6 +270,7 @@ class BenchRecord:
     rows: tuple[Row, ...]
     quality: tuple[Quality, ...] = ()
     comparisons: tuple[Mapping[str, Any], ...] = ()
+    stall_limit: float | None = None
     layers: tuple[Layer, ...] = ()
     notes: tuple[str, ...] = ()
     title: str = "Benchmark"
@@ -270,7 +291,7 @@ class BenchRecord:
 
     def to_json(self) -> bytes:
         """Canonical bytes; a number that is not finite is written as ``null``."""
-        return canonical_json(_plain(self))
+        return canonical_json(to_plain(self))
 
 
 def parse_record(content: bytes, source: str = FILE_NAME) -> BenchRecord:
@@ -287,7 +308,7 @@ def parse_record(content: bytes, source: str = FILE_NAME) -> BenchRecord:
     if found != SCHEMA:
         raise CorruptError(f"{source}: schema is {found!r}, expected {SCHEMA!r}", hint="measure again with this version")
     try:
-        record: BenchRecord = _build(BenchRecord, value, "")
+        record = from_plain(BenchRecord, value)
     except (TypeError, ValueError, KeyError, UsageError) as error:
         raise CorruptError(f"{source}: {error}", hint="measure again with this version") from error
     return record
@@ -299,50 +320,3 @@ def read_record(path: Path) -> BenchRecord:
     if not path.is_file():
         raise MissingError(f"{path}: no such benchmark", hint="run `qlt bench` first")
     return parse_record(path.read_bytes(), str(path))
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def _build(kind: Any, value: Any, where: str) -> Any:
-    """``value`` as the annotated type ``kind``; ``where`` is the path for the message."""
-    origin = get_origin(kind)
-    if kind is Any:
-        return value
-    if origin in (Union, types.UnionType):
-        options = get_args(kind)
-        if value is None and type(None) in options:
-            return None
-        return _build(next(option for option in options if option is not type(None)), value, where)
-    if dataclasses.is_dataclass(kind):
-        _expect(isinstance(value, dict), where, "an object", value)
-        hints = get_type_hints(kind)
-        return kind(**{name: _build(hints[name], value[name], f"{where}.{name}".lstrip(".")) for name in hints if name in value})  # type: ignore[operator]
-    if origin is tuple:
-        _expect(isinstance(value, list), where, "a list", value)
-        kinds = get_args(kind)
-        kinds = (kinds[0],) * len(value) if kinds[-1] is Ellipsis else kinds
-        return tuple(_build(item_kind, item, f"{where}[{i}]") for i, (item_kind, item) in enumerate(zip(kinds, value, strict=True)))
-    if origin is Literal:
-        _expect(value in get_args(kind), where, f"one of {get_args(kind)}", value)
-        return value
-    if kind in (dict, Mapping) or (origin is not None and issubclass(origin, Mapping)):
-        _expect(isinstance(value, dict), where, "an object", value)
-        return value
-    accepted = (int, float) if kind is float else kind
-    _expect(isinstance(value, accepted) and (kind is bool or not isinstance(value, bool)), where, kind.__name__, value)
-    return value
-
-
-def _expect(condition: bool, where: str, expected: str, found: Any) -> None:
-    if not condition:
-        raise ValueError(f"`{where}` is {type(found).__name__} {str(found)[:40]!r}, expected {expected}")

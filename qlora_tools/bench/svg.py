@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-CHAR_WIDTH = 6.4  # of the 12-unit label font, on average
+CHAR_WIDTH = 7.0  # of the 12-unit label font, on average, where that is a wide one
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Scale:
     is_log: bool = False
     foot: float = 0.0  # the share of the length kept for what lies below ``low``, shown all alike
     foot_label: str = "0"
+    is_fine: bool = False  # log, from one of 1, 2, 5 times a power to another, with all of them between as ticks
 
     def __call__(self, value: float) -> float:
         if self.is_log:
@@ -39,7 +40,7 @@ class Scale:
 def linear_scale(values: Sequence[float], start: float, end: float, *, from_zero: bool = True) -> Scale:
     """From 0 (or a round value below the least) to a round value above the largest."""
     high = max(values, default=1.0)
-    low = 0.0 if from_zero else min(values)
+    low = min(0.0, *values) if from_zero and values else 0.0 if from_zero else min(values)
     step = _round_step((high - low) or abs(high) or 1.0)
     low, high = math.floor(low / step) * step, math.ceil(high / step - 1e-9) * step
     return Scale(low, high if high > low else low + 5 * step, start, end)
@@ -57,8 +58,25 @@ def log_scale(values: Sequence[float], start: float, end: float, *, most_decades
     return Scale(10.0**low, 10.0**high, start, end, is_log=True, foot=foot, foot_label=f"<{_power(low)}" if is_cut else "0")
 
 
+def fine_log_scale(values: Sequence[float], start: float, end: float) -> Scale:
+    """For values that span little: from the 1, 2 or 5 times a power of ten below the least to the one above the largest."""
+    low, high = min(values), max(values)
+    steps = [step for power in range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2) for step in _fine_steps(power)]
+    below = max(step for step in steps if step <= low * (1 + 1e-9))
+    above = min(step for step in steps if step >= high * (1 - 1e-9))
+    return Scale(below, above if above > below else min(step for step in steps if step > below), start, end, is_log=True, is_fine=True)
+
+
+def _fine_steps(power: int) -> list[float]:
+    return [float(f"{digit}e{power}") for digit in (1, 2, 5)]
+
+
 def ticks(scale: Scale) -> list[tuple[float, str]]:
     """(value, label) along an axis."""
+    if scale.is_fine:
+        powers = range(math.floor(math.log10(scale.low) + 1e-9), math.ceil(math.log10(scale.high) - 1e-9) + 1)
+        steps = [step for power in powers for step in _fine_steps(power) if scale.low <= step <= scale.high]
+        return [(step, amount(step)) for step in (steps if len(steps) < 9 else [step for step in steps if f"{step:e}"[0] == "1"])]
     if scale.is_log:
         low, high = round(math.log10(scale.low)), round(math.log10(scale.high))
         every = max(1, math.ceil((high - low) / 6))
@@ -77,6 +95,11 @@ def _round_step(span: float) -> float:
     raw = span / 5
     power = 10.0 ** math.floor(math.log10(raw))
     return next(factor * power for factor in (1, 2, 2.5, 5, 10) if raw <= factor * power * (1 + 1e-9))
+
+
+def amount(value: float) -> str:
+    """Four digits, or all that stand before the point."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def text(x: float, y: float, content: str, kind: str = "", anchor: str = "start") -> str:
@@ -98,9 +121,40 @@ def figure(parts: Sequence[str], width: float, height: float, label: str) -> str
     return f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label, quote=True)}">{"".join(parts)}</svg>'
 
 
-def place_labels(anchors: Sequence[tuple[float, float, str]], left: float, right: float, top: float, bottom: float) -> list[tuple[float, float, str]]:
-    """A place (x, baseline y, anchor) for each (x, y, text), beside its mark, clear of marks and of labels placed before where that can be had."""
+def vertical_title(content: str, y: float, x: float = 15.0) -> str:
+    return f'<text transform="translate({x:g} {y:.2f}) rotate(-90)" class="title" text-anchor="middle">{escape(content)}</text>'
+
+
+def shorten(name: str, room: float) -> str:
+    """The end of a name, as much as fits; ends differ where beginnings are alike."""
+    fits = max(int(room / CHAR_WIDTH), 2)
+    return name if len(name) <= fits else "…" + name[-(fits - 1) :]
+
+
+def label_room(names: Sequence[str], most: float = 220.0) -> float:
+    """The width to keep for names in front of a drawing."""
+    return min(max(CHAR_WIDTH * max(map(len, names)) + 20, 60.0), most)
+
+
+def spread(wanted: Sequence[float], gap: float, top: float, bottom: float) -> list[float]:
+    """Places for labels at the heights ``wanted``, ``gap`` apart or more, as near as that allows; in the order given."""
+    order = sorted(range(len(wanted)), key=lambda i: (wanted[i], i))
+    placed = [0.0] * len(wanted)
+    above = top - gap
+    for i in order:
+        above = placed[i] = max(wanted[i], above + gap)
+    below = max(bottom, top + gap * (len(wanted) - 1)) + gap
+    for i in reversed(order):
+        below = placed[i] = min(placed[i], below - gap)
+    return placed
+
+
+def place_labels(
+    anchors: Sequence[tuple[float, float, str]], left: float, right: float, top: float, bottom: float, lines: Sequence[tuple[float, float, float, float]] = ()
+) -> list[tuple[float, float, str]]:
+    """A place (x, baseline y, anchor) for each (x, y, text), beside its mark, clear of marks, of labels placed before and of ``lines`` where that can be had."""
     taken = [(x - 7, y - 7, x + 7, y + 7) for x, y, _ in anchors]
+    taken += [(min(x1, x2) - 2, min(y1, y2) - 2, max(x1, x2) + 2, max(y1, y2) + 2) for x1, y1, x2, y2 in lines]
     placed = []
     for x, y, content in anchors:
         width = CHAR_WIDTH * len(content)

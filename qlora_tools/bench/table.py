@@ -1,53 +1,95 @@
 """The record as a table: plain cells with the number behind each, for the terminal, Markdown and the page alike.
 
 A cell that has no figure says why in ``note`` and shows ``n/a``; a setting that failed shows its status and reason.
-Drawing with colours is the command line's.
+What a table cannot hold is said beside it (:func:`remarks`). Drawing with colours is the command line's, cells are ``cells.py``'s.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
-from qlora_tools.bench.record import BenchRecord, Row
-from qlora_tools.bench.samples import Timing
+from qlora_tools.bench.cells import (
+    NOT_KNOWN,
+    Cell,
+    Column,
+    bytes_cell,
+    cosine_cell,
+    device_cell,
+    energy_cell,
+    failed_cell,
+    figure_cell,
+    is_forward,
+    number_cell,
+    peak_cell,
+    quantile_cell,
+    reads_length,
+    reason_of,
+    speedup_cell,
+    time_cell,
+)
+from qlora_tools.bench.record import BenchRecord, Case, Row
+from qlora_tools.names import shortened
 
-NOT_KNOWN = "n/a"
+_METRIC_NAMES = {"kl": "KL", "ppl": "perplexity", "top1": "top-1 agreement", "error": "the error of the outputs", "accuracy": "accuracy"}
+_LATENCIES = frozenset({"decode", "prefill"})  # their verdicts stand in the table
+_DEVICE_COLUMNS = (
+    ("arena_peak_bytes", "VRAM arena"),
+    ("context_bytes", "context"),
+    ("process_peak_bytes", "process"),
+    ("as_deployed_peak_bytes", "deployed"),
+    ("smallest_limit_bytes", "least limit"),
+)
 
 
-@dataclass(frozen=True)
-class Cell:
-    """``text`` to show, ``value`` to sort by, ``note`` to explain (interval, reason, raw count). ``interval`` is what ``value`` may be instead."""
-
-    text: str
-    value: float | str | None = None
-    note: str = ""
-    interval: tuple[float, float] | None = None
-
-
-@dataclass(frozen=True)
-class Column:
-    """``better`` is ``"low"``, ``"high"`` or ``""`` where neither is. ``key`` is stable, for tests and styles."""
-
-    key: str
-    title: str
-    unit: str = ""
-    better: str = ""
-
-    @property
-    def heading(self) -> str:
-        return f"{self.title} ({self.unit})" if self.unit else self.title
+_ROW_NAMES = frozenset({"setting", "batch", "prompt_tokens", "new_tokens"})
+_KINDS = {
+    "sizes": frozenset({"file", "weights", "load"}),
+    "memory": frozenset({"peak", *(field.removesuffix("_bytes") for field, _ in _DEVICE_COLUMNS)}),
+    "quality": frozenset({"ppl", "kl", "top1", "accuracy", "error", "cosine", "retention"}),
+}
 
 
 @dataclass(frozen=True)
 class Table:
+    """``rows`` stand by case and, within one, in the record's order; ``sources`` are the records they came from."""
+
     columns: tuple[Column, ...]
     rows: tuple[tuple[Cell, ...], ...]
+    sources: tuple[Row, ...]
 
     def column(self, key: str) -> tuple[Cell, ...]:
         at = next(i for i, column in enumerate(self.columns) if column.key == key)
         return tuple(row[at] for row in self.rows)
+
+    def parts(self, most_chars: int) -> list[Table]:
+        """Tables of at most so many characters a line, for terminals: the names of the rows in each, and kinds of figures together where they fit.
+
+        A column takes the longest of its texts and of the lines of its stacked heading, and three for the gap.
+        """
+        named = [i for i, column in enumerate(self.columns) if column.key in _ROW_NAMES]
+        room = most_chars - sum(map(self._chars, named))
+        kinds = [list(found) for _, found in groupby((i for i in range(len(self.columns)) if i not in named), key=lambda i: _kind(self.columns[i].key))]
+        lines: list[list[int]] = [[]]
+        for kind in kinds:
+            for piece in [kind] if sum(map(self._chars, kind)) <= room else [[i] for i in kind]:
+                if lines[-1] and sum(map(self._chars, [*lines[-1], *piece])) > room:
+                    lines.append([])
+                lines[-1] += piece
+        return [self._only([*named, *line]) for line in lines]
+
+    def _chars(self, at: int) -> int:
+        texts = [*(row[at].text for row in self.rows), *self.columns[at].stacked.splitlines()]
+        return max(map(len, texts)) + 3
+
+    def _only(self, kept: Sequence[int]) -> Table:
+        return Table(tuple(self.columns[i] for i in kept), tuple(tuple(row[i] for i in kept) for row in self.rows), self.sources)
+
+
+def _kind(key: str) -> str:
+    return next((kind for kind, keys in _KINDS.items() if key in keys), "times")
 
 
 def leaders(column: Column, cells: Sequence[Cell]) -> list[int]:
@@ -69,61 +111,161 @@ def leaders(column: Column, cells: Sequence[Cell]) -> list[int]:
     return [i for _, i in found if overlaps(cells[i])]
 
 
+def rows_by_case(record: BenchRecord) -> list[Row]:
+    """The record's rows, case after case as the workload names them."""
+    return [row for case in record.workload.cases for row in record.rows_at(case)]
+
+
 def bench_table(record: BenchRecord) -> Table:
-    """One line per setting and case, in the record's order. Columns that no setting fills are left out."""
-    work = record.workload.cases[0]
-    columns: list[tuple[Column, Callable[[Row], Cell]]] = [
-        (Column("setting", "Setting"), lambda row: Cell(record.setting(row.setting).name, record.setting(row.setting).name)),
-        (Column("file", "File", "MB", "low"), lambda row: _bytes(row.file_bytes, row.unknown.get("file_bytes", ""))),
-        (Column("weights", "Weights", "MB", "low"), lambda row: _bytes(row.weights_bytes, row.unknown.get("weights_bytes", ""))),
-        (Column("load", "Load", "s", "low"), lambda row: _time(row.load, 1.0, 2)),
-        (Column("prefill", f"Prefill {work.prompt_tokens}", "ms", "low"), lambda row: _time(row.prefill, 1e3, 2)),
-        (Column("decode_p50", "Decode p50", "ms", "low"), lambda row: _time(row.decode, 1e3, 3)),
-        (Column("decode_p95", "p95", "ms", "low"), lambda row: _quantile(row.decode, "p95_s")),
-        (Column("decode_p99", "p99", "ms", "low"), lambda row: _quantile(row.decode, "p99_s")),
-        (Column("tokens", "Decode", "tok/s", "high"), lambda row: _number(row.decode_tokens_per_s, "{:,.0f}", row.unknown.get("decode_tokens_per_s", ""))),
-        (Column("peak", "Peak RSS", "MB", "low"), _peak),
-        (Column("ppl", "Perplexity", "", "low"), lambda row: _figure(record, row, "ppl_candidate", "{:.2f}")),
-        (Column("kl", "KL", "nats", "low"), lambda row: _figure(record, row, "kl_mean", "kl")),
-        (Column("top1", "Top-1", "%", "high"), lambda row: _figure(record, row, "top1_agreement", "{:.1f}", 100.0)),
-        (Column("retention", "Gain kept", "%", "high"), lambda row: _figure(record, row, "retention", "{:.1f}", 100.0)),
-    ]
-    made = [(column, [_failed(row, column.key) or cell(row) for row in record.rows]) for column, cell in columns]
+    """One line per setting and case. Columns that no setting fills are left out, and what is the same in all cases has none."""
+    rows = rows_by_case(record)
+    columns = [*_names(record), *_sizes(), *_times(record), *_memory(), *_quality(record)]
+    made = [(column, [failed_cell(row, column.key) or cell(row) for row in rows]) for column, cell in columns]
     shown = [(column, cells) for column, cells in made if column.key == "setting" or any(cell.value is not None for cell in cells)]
-    return Table(tuple(column for column, _ in shown), tuple(zip(*(cells for _, cells in shown), strict=True)))
+    return Table(tuple(column for column, _ in shown), tuple(zip(*(cells for _, cells in shown), strict=True)), tuple(rows))
+
+
+_Maker = tuple[Column, Callable[[Row], Cell]]
+
+
+def _names(record: BenchRecord) -> list[_Maker]:
+    def of_case(field: str) -> Callable[[Row], Cell]:
+        return lambda row: Cell(f"{getattr(row.case, field):,}", getattr(row.case, field))
+
+    varying = [(field, title) for field, title in (("batch", "Batch"), ("prompt_tokens", "Prompt"), ("new_tokens", "New")) if _varies(record, field)]
+    named: list[_Maker] = [(Column("setting", "Setting"), lambda row: Cell(record.setting(row.setting).name, record.setting(row.setting).name))]
+    return [*named, *((Column(field, title), of_case(field)) for field, title in varying)]
+
+
+def _sizes() -> list[_Maker]:
+    return [
+        (Column("file", "File", "MB", "low"), lambda row: bytes_cell(row.file_bytes, row.unknown.get("file_bytes", ""))),
+        (Column("weights", "Weights", "MB", "low"), _weights),
+        (Column("load", "Load", "s", "low"), lambda row: time_cell(row.load, 1.0, 2)),
+    ]
+
+
+def _times(record: BenchRecord) -> list[_Maker]:
+    length = "" if _varies(record, "prompt_tokens") or not reads_length(record) else f" {record.workload.cases[0].prompt_tokens}"
+    columns: list[_Maker] = [
+        (Column("prefill", f"Prefill{length}", "ms", "low"), lambda row: _no_decoder() if is_forward(row) else time_cell(row.prefill, 1e3, 2)),
+        (Column("forward", f"Forward{length}", "ms", "low"), lambda row: time_cell(row.prefill, 1e3, 2) if is_forward(row) else Cell(NOT_KNOWN)),
+        (Column("decode_p50", "Decode p50", "ms", "low"), lambda row: time_cell(row.decode, 1e3, 3, row.unknown.get("decode", ""))),
+        (Column("decode_p95", "p95", "ms", "low"), lambda row: quantile_cell(row.decode, "p95_s")),
+        (Column("decode_p99", "p99", "ms", "low"), lambda row: quantile_cell(row.decode, "p99_s")),
+        (
+            Column("tokens", "Decode", "tok/s", "high"),
+            lambda row: number_cell(row.decode_tokens_per_s, "{:,.0f}", row.unknown.get("decode_tokens_per_s", "")),
+        ),
+        (Column("energy", "Energy", "J/token", "low"), energy_cell),
+    ]
+    compared = {str(found.get("metric")) for found in record.comparisons if found.get("ci95")} & _LATENCIES
+    words = {"prefill": "Forward" if all(is_forward(row) for row in record.rows if row.status == "ok") else "Prefill", "decode": "Decode"}
+    return [
+        *columns,
+        *((Column(f"{metric}_vs", f"{words[metric]} vs first"), _against(record, metric)) for metric in ("prefill", "decode") if metric in compared),
+    ]
+
+
+def _against(record: BenchRecord, metric: str) -> Callable[[Row], Cell]:
+    return lambda row: speedup_cell(record, row, metric)
+
+
+def _no_decoder() -> Cell:
+    return Cell(NOT_KNOWN, None, "this model looks once")
+
+
+def _weights(row: Row) -> Cell:
+    told = row.weights_bytes if row.weights_bytes is not None or row.device_memory is None else row.device_memory.weights_bytes
+    return bytes_cell(told, row.unknown.get("weights_bytes", "") if told is None else "")
+
+
+def _memory() -> list[_Maker]:
+    def on_device(field: str) -> Callable[[Row], Cell]:
+        return lambda row: device_cell(row, field)
+
+    peak: _Maker = (Column("peak", "Peak RSS", "MB", "low"), peak_cell)
+    return [peak, *((Column(field.removesuffix("_bytes"), title, "MB", "low"), on_device(field)) for field, title in _DEVICE_COLUMNS)]
+
+
+def _quality(record: BenchRecord) -> list[_Maker]:
+    return [
+        (Column("ppl", "Perplexity", "", "low"), lambda row: figure_cell(record, row, "ppl_candidate", "{:.2f}")),
+        (Column("kl", "KL", "nats", "low"), lambda row: figure_cell(record, row, "kl_mean", "kl")),
+        (Column("top1", "Top-1", "%", "high"), lambda row: figure_cell(record, row, "top1_agreement", "{:.1f}", 100.0)),
+        (Column("accuracy", "Accuracy", "%", "high"), lambda row: figure_cell(record, row, "accuracy", "{:.1f}", 100.0)),
+        (Column("error", "Output error", "%", "low"), lambda row: figure_cell(record, row, "relative_error", "{:.3g}", 100.0)),
+        (Column("cosine", "Cosine", "", "high"), lambda row: cosine_cell(record, row)),
+        (Column("retention", "Gain kept", "%", "high"), lambda row: figure_cell(record, row, "retention", "{:.1f}", 100.0)),
+    ]
 
 
 def to_markdown(record: BenchRecord) -> str:
-    """A Markdown table, the failures in words, the method, and the comparisons that are ties."""
+    """A Markdown table, and below it what it cannot hold."""
     table = bench_table(record)
     lines = [_line([column.heading for column in table.columns]), _line(["---"] + ["---:"] * (len(table.columns) - 1))]
     lines += [_line([cell.text for cell in row]) for row in table.rows]
-    remarks = [*failures(record), *ties(record), *record.notes, method(record)]
-    return "\n".join(lines) + "\n\n" + "\n".join(f"- {remark}" for remark in remarks if remark) + "\n"
+    return "\n".join(lines) + "\n\n" + "\n".join(f"- {remark}" for remark in [*remarks(record), method(record)]) + "\n"
 
 
-def to_text(record: BenchRecord) -> str:
-    """The same for a terminal without markup: right-aligned columns."""
-    table = bench_table(record)
-    grid = [[column.heading for column in table.columns], *[[cell.text for cell in row] for row in table.rows]]
-    widths = [max(len(line[i]) for line in grid) for i in range(len(table.columns))]
-    drawn = ["  ".join([line[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(line[1:], widths[1:], strict=True))]).rstrip() for line in grid]
-    remarks = [*failures(record), *ties(record), *record.notes, method(record)]
-    return "\n".join([*drawn, "", *(remark for remark in remarks if remark)]) + "\n"
+def remarks(record: BenchRecord) -> list[str]:
+    """All that must be said beside the table: what failed, what does not add up, what is not known, what must not be ranked, and the notes."""
+    return [*failures(record), *broken_identities(record), *unknowns(record), *undecided(record), *ties(record), *record.notes]
 
 
 def failures(record: BenchRecord) -> list[str]:
-    """One sentence per setting that has no figures, or only some."""
-    said = [f"{record.setting(row.setting).name}: {row.status}: {row.reason}" for row in record.rows if row.status != "ok"]
-    said += [f"{record.setting(row.setting).name}: {row.reason}" for row in record.rows if row.status == "ok" and row.reason]
+    """One sentence per setting that has no figures, or only some; its cases together where they failed alike."""
+    found: dict[str, list[Case]] = {}
+    for row in rows_by_case(record):
+        if row.status != "ok" or row.reason:
+            what = f"{row.status}: {row.reason}" if row.status != "ok" else f"{row.reason}"
+            found.setdefault(f"{record.setting(row.setting).name}: {what}", []).append(row.case)
+    said = [sentence + _at(record, cases) for sentence, cases in found.items()]
     ran = {row.setting for row in record.rows if row.status == "ok"}
     said += [f"{record.setting(q.setting).name}: quality {q.status}: {q.reason}" for q in record.quality if q.status != "ok" and q.setting in ran]
     return said
 
 
+def broken_identities(record: BenchRecord) -> list[str]:
+    """Figures of memory that contradict each other, by name: they are shown, and not to be trusted."""
+    said = []
+    for row in rows_by_case(record):
+        for found in (*(row.memory.identities if row.memory else ()), *(row.device_memory.identities if row.device_memory else ())):
+            if found.held is False:
+                sides = f"{(found.left_bytes or 0) / 1e6:,.1f} MB against {(found.right_bytes or 0) / 1e6:,.1f} MB"
+                margin = "" if found.within is None else f", more than {found.within:.0%} apart"
+                said.append(f"{record.setting(row.setting).name}{_at(record, [row.case])}: does not hold: {found.name} ({sides}{margin})")
+    return said
+
+
+def unknowns(record: BenchRecord) -> list[str]:
+    """Why figures of the device are missing where a reader expects them: one sentence per reason."""
+    found: dict[str, tuple[list[str], list[str]]] = {}
+    has_limits = any(row.device_memory is not None and row.device_memory.smallest_limit_bytes is not None for row in record.rows)
+    asked = [(field, title) for field, title in _DEVICE_COLUMNS if field != "smallest_limit_bytes" or has_limits]  # looked for on request alone
+    for row in rows_by_case(record):
+        if row.status != "ok" or (row.device_memory is None and "device_memory" not in row.unknown):
+            continue
+        fields = [(title, reason_of(row, field)) for field, title in asked if getattr(row.device_memory, field, None) is None]
+        fields += [("energy", row.unknown["energy_j"])] if row.energy_j is None and "energy_j" in row.unknown else []
+        for title, reason in fields:
+            if reason:
+                titles, names = found.setdefault(reason, ([], []))
+                titles += [title] * (title not in titles)
+                name = record.setting(row.setting).name
+                names += [name] * (name not in names)
+    return [f"{', '.join(titles)} not known for {shortened(names, 4)}: {reason}" for reason, (titles, names) in found.items()]
+
+
+def undecided(record: BenchRecord) -> list[str]:
+    """Why speeds have no verdict, where they have none: a sentence per reason."""
+    reasons = dict.fromkeys(str(found["reason"]) for found in record.comparisons if found["metric"] in _LATENCIES and found.get("reason"))
+    return [f"who is faster is not sure: {reason}" for reason in reasons]
+
+
 def ties(record: BenchRecord) -> list[str]:
-    """Pairs that must not be ranked."""
-    pairs = [(found["a"], found["b"], found["metric"]) for found in record.comparisons if found.get("verdict") == "tie"]
+    """Pairs that must not be ranked in quality; ties in latency stand in the table."""
+    pairs = [(found["a"], found["b"], found["metric"]) for found in record.comparisons if found.get("verdict") == "tie" and found["metric"] not in _LATENCIES]
     names = {setting.id: setting.name for setting in record.settings}
     return [f"{names.get(a, a)} and {names.get(b, b)} tie in {_METRIC_NAMES.get(metric, metric)}" for a, b, metric in pairs]
 
@@ -131,97 +273,41 @@ def ties(record: BenchRecord) -> list[str]:
 def method(record: BenchRecord) -> str:
     """How the numbers were made, in one sentence or two."""
     work = record.workload
-    cases = ", ".join(case.name for case in work.cases)
+    once = all(is_forward(row) for row in record.rows if row.status == "ok")
+    by_length = reads_length(record)
+    shapes = [f"{case.batch} x {case.prompt_tokens}" if once and by_length else f"{case.batch}" if once else case.name for case in work.cases]
     said = (
-        f"Latency: {cases} (sequences x tokens in + out), {record.threads} thread{'s' * (record.threads > 1)}, "
-        f"{work.repeats} runs in each of {record.rounds} fresh processes per setting, interleaved."
+        f"Latency: {', '.join(shapes)} ({('inputs x length' if by_length else 'inputs') if once else 'sequences x tokens in + out'}), {record.threads} thread{'s' * (record.threads > 1)}, "
+        f"{work.repeats} runs in each of {record.rounds} fresh processes per setting{' and case' * (len(work.cases) > 1)}, interleaved."
     )
     judged = next((quality.figures for quality in record.quality if quality.status == "ok"), None)
     if judged:
-        how, text = judged["method"], judged["corpus"]
         reference = next(quality.reference for quality in record.quality if quality.status == "ok")
-        said += (
-            f" Quality against {_name(record, reference)}: {how['n_tokens']:,} tokens of {text['name']} (sha256 {text['sha256'][:12]}), {how['name']};"
-            " intervals are 95 %, from a paired bootstrap over windows."
-        )
+        said += f" Quality against {_name(record, reference)}: {_measure(judged)}"
     return said
 
 
-_METRIC_NAMES = {"kl": "KL", "ppl": "perplexity", "top1": "top-1 agreement"}
+def _measure(figures: Mapping[str, Any]) -> str:
+    """What quality was measured on: tokens of a text, or inputs of a model that looks once."""
+    how, text = figures["method"], figures["corpus"]
+    source = f"{text['name']}" + (f" (sha256 {text['sha256'][:12]})" if "sha256" in text else "")
+    name = f", {how['name']}" if "name" in how else ""
+    if "n_tokens" in how:
+        return f"{how['n_tokens']:,} tokens of {source}{name}; intervals are 95 %, from a paired bootstrap over windows."
+    return f"{source}{name}; intervals are 95 %, from a paired bootstrap over {how['n_inputs']:,} inputs."
+
+
+def _varies(record: BenchRecord, field: str) -> bool:
+    return len({getattr(case, field) for case in record.workload.cases}) > 1
+
+
+def _at(record: BenchRecord, cases: Sequence[Case]) -> str:
+    """`` at <case>``, where that does not go without saying."""
+    return "" if len(set(cases)) == len(record.workload.cases) else f" at {', '.join(case.name for case in cases)}"
 
 
 def _name(record: BenchRecord, setting: str) -> str:
     return next((found.name for found in record.settings if found.id == setting), setting)
-
-
-def _failed(row: Row, key: str) -> Cell | None:
-    """The first figure column of a failed row tells its status; the others stay empty."""
-    if row.status == "ok" or key in ("setting", "file"):
-        return None
-    return Cell(row.status if key == "load" else "", None, row.reason or "")
-
-
-def _bytes(value: int | None, note: str) -> Cell:
-    if value is None:
-        return Cell(NOT_KNOWN, None, note)
-    return Cell(f"{value / 1e6:,.1f}", value / 1e6, "; ".join(filter(None, (f"{value:,} bytes", note))), (value / 1e6, value / 1e6))
-
-
-def _peak(row: Row) -> Cell:
-    """The largest peak of the rounds; what it may be instead is the range over the rounds."""
-    cell = _bytes(row.memory.peak_bytes if row.memory else None, _memory_note(row))
-    phases = [[attempt.memory.get(phase, {}).get("peak_bytes") or 0 for phase in ("loaded", "steady")] for attempt in row.attempts if attempt.status == "ok"]
-    peaks = [max(found) / 1e6 for found in phases if max(found)]
-    return replace(cell, interval=(min(peaks), max(peaks))) if cell.value is not None and peaks else cell
-
-
-def _number(value: float | None, form: str, note: str) -> Cell:
-    return Cell(NOT_KNOWN, None, note) if value is None else Cell(form.format(value), value, note)
-
-
-def _time(timing: Timing | None, scale: float, digits: int) -> Cell:
-    if timing is None or timing.p50_s is None:
-        return Cell(NOT_KNOWN, None, "" if timing is None else timing.unknown.get("p50_s", ""))
-    if timing.ci95_p50_s is None:
-        sure = timing.unknown.get("ci95_p50_s", "")
-        sure = f"no interval: {sure}" if sure else ""
-    else:
-        sure = f"95 % interval {timing.ci95_p50_s[0] * scale:.{digits}f} to {timing.ci95_p50_s[1] * scale:.{digits}f}"
-    bounds = (timing.ci95_p50_s[0] * scale, timing.ci95_p50_s[1] * scale) if timing.ci95_p50_s else None
-    return Cell(f"{timing.p50_s * scale:.{digits}f}", timing.p50_s * scale, "; ".join(filter(None, (f"median of {timing.n}", sure))), bounds)
-
-
-def _quantile(timing: Timing | None, name: str) -> Cell:
-    value = getattr(timing, name, None)
-    note = f"of {timing.n} samples" if timing is not None and value is not None else (timing.unknown.get(name, "") if timing is not None else "")
-    return _number(None if value is None else value * 1e3, "{:.3f}", note)
-
-
-def _memory_note(row: Row) -> str:
-    if row.memory is None or row.memory.anon_bytes is None or row.memory.file_bytes is None:
-        return row.unknown.get("memory", "")
-    return f"then resident: {row.memory.anon_bytes / 1e6:,.1f} MB anonymous, {row.memory.file_bytes / 1e6:,.1f} MB file-backed"
-
-
-def _figure(record: BenchRecord, row: Row, name: str, form: str, scale: float = 1.0) -> Cell:
-    quality = record.quality_of(row.setting)
-    if quality is None:
-        return Cell(NOT_KNOWN, None, "quality was not asked for")
-    if quality.status != "ok":
-        return Cell(quality.status, None, quality.reason or "")
-    value = quality.figures.get(name)
-    if value is None:
-        return Cell(NOT_KNOWN, None, quality.unknown.get(name, "not finite" if name in quality.figures else ""))
-    written = write_kl if form == "kl" else form.format
-    bounds: Mapping[str, Any] = quality.figures.get("ci95") or {}
-    interval = bounds.get(name)
-    note = f"95 % interval {written(interval[0] * scale)} to {written(interval[1] * scale)}" if interval else ""
-    return Cell(written(value * scale), value * scale, note, (interval[0] * scale, interval[1] * scale) if interval else None)
-
-
-def write_kl(value: float) -> str:
-    """Four decimals, fewer digits below: a small divergence must not read as none."""
-    return "0" if value == 0 else f"{value:.4f}" if value >= 1e-3 else f"{value:.1e}".replace("e-0", "e-")
 
 
 def _line(texts: list[str]) -> str:

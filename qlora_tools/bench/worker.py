@@ -6,15 +6,17 @@ written beside its final name and renamed, so the parent finds a whole file or n
 ``status`` in the result and by the exit code alike (:data:`EXIT_CODES`); a worker that dies without a result
 is the parent's to explain.
 
-The configuration (plain JSON): ``job`` (``"latency"``, or the import path of a probe
-``probe(engine, reference, options) -> dict``), ``engine`` and ``options`` (see ``engine.py``), ``threads``,
-``result`` (the file to write), ``deadline_s``; for latency a ``workload``; for a probe its ``probe_options``
-and a ``reference`` with ``engine`` and ``options``.
+The configuration (plain JSON): ``job``, ``engine`` and ``options`` (see ``engine.py``), ``threads``, ``result`` (the file to write), ``deadline_s``,
+and where an accelerator is to be read ``meter`` (``open``, the import path of ``open(device)``, and ``device``). Jobs:
+
+* ``"latency"`` times a ``workload``;
+* ``"device-memory"`` runs it twice under the eyes of ``arena``, the import path of a context manager that knows the runtime's allocator;
+* ``"context"`` loads no model: ``context``, an import path, holds the least that a runtime can and reads the meter meanwhile;
+* the import path of a probe ``probe(engine, reference, options) -> dict``, with its ``probe_options`` and a ``reference`` with ``engine`` and ``options``.
 """
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import os
@@ -22,19 +24,30 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from qlora_tools.bench.engine import Engine, locate
-from qlora_tools.errors import UnsupportedError
+from qlora_tools.bench.forward import is_forward, time_pass
+from qlora_tools.bench.repeats import time_repeats
+from qlora_tools.errors import QltError, UnsupportedError
 from qlora_tools.process_memory import read_memory, reset_peak
 
 EXIT_CODES = {"ok": 0, "error": 1, "oom": 3, "unsupported": 8}
 LATENCY = "latency"
-_STEADY_SPREAD = 0.05
-_STEADY_RUNS = 3
-_OOM_WORDS = ("out of memory", "bad_alloc", "bad allocation", "can't allocate memory", "cannot allocate memory", "failed to allocate memory", "alloc_failed")
+DEVICE_MEMORY = "device-memory"
+CONTEXT = "context"
+_OOM_WORDS = (
+    "out of memory",
+    "bad_alloc",
+    "bad allocation",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "failed to allocate memory",
+    "alloc_failed",
+    "smaller than requested bytes",
+)
 
 
 def main(arguments: list[str]) -> int:
@@ -53,6 +66,10 @@ def main(arguments: list[str]) -> int:
 
 def run_job(config: Mapping[str, Any]) -> dict[str, Any]:
     """Load the engine and do the job; the result is plain JSON."""
+    if config["job"] == CONTEXT:
+        return {"device": dict(locate(config["context"])(config["engine"], open_meter(config), config["options"]))}
+    if config["job"] == DEVICE_MEMORY:
+        return run_watched(config)
     memory: dict[str, Any] = {"baseline": read_memory().record()}
     started = time.perf_counter()
     factory = locate(config["engine"])
@@ -65,14 +82,40 @@ def run_job(config: Mapping[str, Any]) -> dict[str, Any]:
     try:
         result: dict[str, Any] = {"import_s": imported - started, "load_s": loaded - load_started, "info": dict(engine.info()), "memory": memory}
         if config["job"] == LATENCY:
+            meter = open_meter(config)
             memory["peak_was_reset"] = reset_peak()
-            result |= measure_latency(engine, config["workload"], int(result["info"]["vocab_size"]))
+            result |= measure_latency(engine, config["workload"], result["info"], meter)
             memory["steady"] = read_memory().record()
+            result |= _held(meter)
         else:
             result["figures"] = run_probe(engine, config)
     finally:
         engine.close()
     return result
+
+
+def run_watched(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Load the engine and let it work twice, its allocator watched: what a case takes of an accelerator."""
+    with locate(config["arena"])() as watch:
+        engine: Engine = locate(config["engine"])(threads=config["threads"], **config["options"])
+        try:
+            info = dict(engine.info())
+            time_repeats(one_run(engine, config["workload"], info), {**config["workload"], "warmup": 1, "most_warmup": 1, "repeats": 1})
+            held = _held(open_meter(config))
+        finally:
+            engine.close()
+    return {"info": info, "arena": dict(watch.record()), **held}
+
+
+def open_meter(config: Mapping[str, Any]) -> Any | None:
+    """The reader of the accelerator that ``config["meter"]`` names, ``None`` where there is none to read."""
+    wanted = config.get("meter")
+    return locate(wanted["open"])(wanted["device"]) if wanted else None
+
+
+def _held(meter: Any | None) -> dict[str, Any]:
+    """What the process holds of the device now. An arena that never shrinks makes one look at the end the peak."""
+    return {} if meter is None else {"device": dict(meter.read(os.getpid()))}
 
 
 def run_probe(engine: Engine, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,19 +127,18 @@ def run_probe(engine: Engine, config: Mapping[str, Any]) -> dict[str, Any]:
         reference.close()
 
 
-def measure_latency(engine: Engine, workload: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
-    """Warm up until steady, then time ``repeats`` generations. Every setting is fed the same tokens."""
-    prompt_BT, continuation_NB = workload_tokens(workload, vocab_size)
-    warmup_s: list[float] = []
-    while len(warmup_s) < workload["warmup"] or (len(warmup_s) < workload["most_warmup"] and not is_steady(warmup_s)):
-        warmup_s.append(time_generation(engine, prompt_BT, continuation_NB)["total_s"])
-    gc.collect()
-    gc.disable()
-    try:
-        runs = [time_generation(engine, prompt_BT, continuation_NB) for _ in range(workload["repeats"])]
-    finally:
-        gc.enable()
-    return {"warmup_s": warmup_s, "is_steady": is_steady(warmup_s), "runs": runs}
+def measure_latency(engine: Engine, workload: Mapping[str, Any], info: Mapping[str, Any], meter: Any | None = None) -> dict[str, Any]:
+    """Warm up until steady, then time ``repeats`` runs of the engine's work. Every setting is fed the same. With a ``meter`` the runs' energy, too."""
+    return time_repeats(one_run(engine, workload, info), workload, None if meter is None else meter.read)
+
+
+def one_run(engine: Engine, workload: Mapping[str, Any], info: Mapping[str, Any]) -> Callable[[], dict[str, Any]]:
+    """One run of what the engine does: a generation, or one forward where ``info`` says that it looks once."""
+    if is_forward(info):
+        feed = engine.feed(workload, int(workload["seed"]))  # type: ignore[attr-defined]
+        return lambda: time_pass(engine, feed)  # type: ignore[arg-type]
+    prompt_BT, continuation_NB = workload_tokens(workload, int(info["vocab_size"]))
+    return lambda: time_generation(engine, prompt_BT, continuation_NB)
 
 
 def time_generation(engine: Engine, prompt_BT: Any, continuation_NB: Any) -> dict[str, Any]:
@@ -131,12 +173,6 @@ def workload_tokens(workload: Mapping[str, Any], vocab_size: int) -> tuple[Any, 
     return ids[:, :length], np.ascontiguousarray(ids[:, length:].T)
 
 
-def is_steady(total_s: list[float]) -> bool:
-    """True when the last three generations lie within 5 % of each other."""
-    last = total_s[-_STEADY_RUNS:]
-    return len(last) == _STEADY_RUNS and max(last) - min(last) <= _STEADY_SPREAD * min(last)
-
-
 def status_of(error: BaseException) -> str:
     """``oom``, ``unsupported`` or ``error``: allocators of the various runtimes share words, not classes."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or any(word in str(error).lower() for word in _OOM_WORDS):
@@ -145,9 +181,13 @@ def status_of(error: BaseException) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """One line: the class, unless the message speaks for itself, and the message's first line."""
+    """One line: the class, unless the message speaks for itself, and the message's first line, with the way out where the error knows one."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    if isinstance(error, QltError):
+        return lines[0] if error.hint is None else f"{lines[0]}; {error.hint}"
+    return f"{type(error).__name__}: {lines[0]}"
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:

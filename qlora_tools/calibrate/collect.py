@@ -55,7 +55,7 @@ def collect(
         checkpoint,
         batches,
         path,
-        _task(checkpoint, fisher=fisher),
+        _task(checkpoint),
         text=(windows.name, windows.sha256),
         fisher=fisher,
         seed=seed,
@@ -67,8 +67,8 @@ def collect(
     )
 
 
-def _task(checkpoint: LogicalCheckpoint, *, fisher: bool) -> str:
-    """The class that runs texts: the language model's, whose head need not be there; for labels drawn from a classifier, the classifier's.
+def _task(checkpoint: LogicalCheckpoint) -> str:
+    """The class that runs texts: the language model's, whose head need not be there; for a classifier its own, which needs no other head.
 
     Raises:
         UnsupportedError: a model of images.
@@ -76,7 +76,7 @@ def _task(checkpoint: LogicalCheckpoint, *, fisher: bool) -> str:
     architecture = str((checkpoint.config.get("architectures") or [""])[0])
     if "Image" in architecture:
         raise UnsupportedError(f"{checkpoint.folder} is a {architecture}, which reads no text", hint="use collect_batches with pixel values")
-    return "classification" if fisher and architecture.endswith("ForSequenceClassification") else "language"
+    return "classification" if architecture.endswith("ForSequenceClassification") else "language"
 
 
 def _batches(windows_NL: torch.Tensor, most_tokens: int, *, held_out: bool) -> Iterator[Batch]:

@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -66,9 +67,12 @@ def check_output(dest: Path, *, force: bool = False, inputs: Iterable[Path] = ()
 
 def seal(folder: Path, manifest: manifests.Manifest) -> manifests.Manifest:
     """Write the manifest, with the hash of every other file, as the last file of ``folder``. Returns what was written."""
-    files = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        files[path.relative_to(folder).as_posix()] = {"sha256": manifests.sha256_file(path), "bytes": path.stat().st_size}
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    with ThreadPoolExecutor(1) as disk:  # what has reached the disk by the time the hash is known need not be waited for later
+        synced = [disk.submit(sync, path) for path in paths]
+        files = {path.relative_to(folder).as_posix(): {"sha256": manifests.sha256_file(path), "bytes": path.stat().st_size} for path in paths}
+        for waiting in synced:
+            waiting.result()
     sealed = replace(manifest, files=files)
     (folder / manifests.FILE_NAME).write_bytes(sealed.to_json())
     return sealed

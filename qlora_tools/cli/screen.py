@@ -7,6 +7,7 @@ rich is imported at the first drawing, so that help texts stay fast.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -63,7 +64,12 @@ class Screen:
             drawn.add_column(column, justify="left" if position < left else "right", overflow="fold")
         for row in rows:
             drawn.add_row(*row)
-        Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(drawn)
+        Console(width=self.width, highlight=False).print(drawn)
+
+    @property
+    def width(self) -> int:
+        """Characters in a line of tables: the terminal's, 140 elsewhere."""
+        return shutil.get_terminal_size().columns if sys.stdout.isatty() else 140
 
     def card(self, title: str, rows: Sequence[tuple[str, str]], *, err: bool = False) -> None:
         """What belongs together, a name and a value per row: framed on a terminal, plain lines elsewhere. ``err``: on standard error."""

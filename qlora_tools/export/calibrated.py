@@ -21,10 +21,14 @@ from dataclasses import dataclass
 
 import torch
 
+from qlora_tools.checkpoint.statistics import HELD_OUT, INPUT, Statistics
+from qlora_tools.engine.plan import Read
 from qlora_tools.export.formats.format import Moments, WeightFormat
 from qlora_tools.quant.gptq import Feedback, feedback
 
 PLAIN = "plain"
+#: The name of the statistics among a plan's sources.
+STATISTICS = "statistics"
 _TILE = 1024
 
 
@@ -61,6 +65,25 @@ class Factors:
             if self._factor is None or self._name != name:
                 self._name, self._factor = name, feedback(moments_II)
             return self._factor
+
+
+class Calibration:
+    """What a plan needs of the statistics. Weights that share their input follow each other, and so share the factor of its moments."""
+
+    def __init__(self, statistics: Statistics) -> None:
+        self._statistics = statistics
+        self._factors = Factors()
+
+    def reads(self, weight: str) -> tuple[Read, ...]:
+        """Moments that teach and that judge, where the statistics hold the inputs of ``weight``."""
+        learn = self._statistics.name_of(INPUT, weight)
+        if learn is None:
+            return ()
+        judge = self._statistics.name_of(HELD_OUT, weight) or learn
+        return Read(STATISTICS, learn), Read(STATISTICS, judge)
+
+    def moments(self, learn: Read, learn_II: torch.Tensor, judge_II: torch.Tensor) -> Moments:
+        return Moments(learn_II, judge_II, self._factors.of(learn.name, learn_II))
 
 
 def encode_calibrated(form: WeightFormat, name: str, weight: str, w_OI: torch.Tensor, moments: Moments) -> tuple[dict[str, torch.Tensor], Choice]:

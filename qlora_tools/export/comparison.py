@@ -9,7 +9,7 @@ Left out: whether the graph does the right thing with the weights (the parity ch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -62,7 +62,8 @@ def _comparing(unit: Unit, path: Path, specs: Mapping[str, TensorSpec], offsets:
             for name, tensor in planned.items()
         }
         if decode is not None:
-            return Outcome(report=_held(unit.label, tensors[0], decode(planned), decode(stored)))
+            plain = decode(planned)
+            return Outcome(report=_held(unit.label, _dense(tensors, plain), plain, decode(stored)))
         differing = sum(_differing(tensor, stored[name]) for name, tensor in planned.items())
         return Outcome(report=Compared(unit.label, sum(tensor.numel() for tensor in planned.values()), differing))
 
@@ -76,6 +77,15 @@ def _differing(planned: torch.Tensor, stored: torch.Tensor) -> int:
     wanted, found = planned.double(), stored.double()
     close = torch.finfo(planned.dtype).eps * _LAST_BITS * torch.maximum(wanted.abs(), 1e-3 * wanted.abs().amax())
     return int((~((wanted - found).abs() <= close)).sum())
+
+
+def _dense(read: Sequence[torch.Tensor], plain: torch.Tensor) -> torch.Tensor:
+    """The weight that ``plain`` is the plain encoding of: one tensor as it was read, or turned round, or the first of them one below the other."""
+    for weight in (read[0], *([read[0].T] if read[0].ndim == 2 else [])):
+        if weight.flatten(1).shape == plain.shape:
+            return weight.flatten(1)
+    count = next(count for count in range(1, len(read) + 1) if sum(len(tensor) for tensor in read[:count]) >= len(plain))
+    return torch.cat(list(read[:count]))
 
 
 def _held(label: str, weight: torch.Tensor, plain: torch.Tensor, stored: torch.Tensor) -> Compared:

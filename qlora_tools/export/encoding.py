@@ -7,28 +7,35 @@ that cannot be written by rows, and weights stored the other way round, take the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
 from qlora_tools.engine.plan import Outcome, Read, Unit, Write, row_tiles, tile_label
 from qlora_tools.errors import NonFiniteError
-from qlora_tools.export.calibrated import Choice, encode_calibrated
+from qlora_tools.export.calibrated import Calibration, Choice, encode_calibrated
 from qlora_tools.export.formats.format import Moments, WeightFormat
 from qlora_tools.export.formats.standard_blocks import StandardBlocks
 from qlora_tools.finite import is_finite, refuse_non_finite
 from qlora_tools.specs import TensorSpec, dtype
 
 
-def encode_units(source: str, weight: str, name: str, form: WeightFormat, rows: int, columns: int, *, turned: bool = False) -> Iterator[Unit]:
+def encode_units(
+    source: str, weight: str, name: str, form: WeightFormat, rows: int, columns: int, *, turned: bool = False, calibration: Calibration | None = None
+) -> Iterator[Unit]:
     """Units that store the tensor ``weight`` of ``source`` as ``form``'s parts of ``name``, a matrix [rows, columns].
 
     ``weight`` may have more axes than two; all but its first are the columns. ``turned``: it is stored as [columns, rows].
+    ``calibration``: statistics that may hold the moments of its inputs.
     """
+    moments = calibration.reads(weight) if calibration else ()
+    moments_of = partial(calibration.moments, moments[0]) if calibration and moments else None
+    encode = encoding(form, name, weight, moments_of)
     parts, whole = form.parts(name, rows, columns), isinstance(form, StandardBlocks)
     for tile in [None] if turned or whole else list(row_tiles(TensorSpec(weight, "F32", (rows, columns)))):
         start, stop = tile or (0, rows)
         writes = tuple(Write(part.name) if whole else Write(part.name, start, stop - start) for part in parts)
-        yield Unit(tile_label(weight, tile), (Read(source, weight, tile),), writes, _turning(turned, encoding(form, name, weight)))
+        yield Unit(tile_label(weight, tile), (Read(source, weight, tile), *moments), writes, _turning(turned, encode))
     if not whole:
         yield from padding_units(form, name, rows, columns)
 
@@ -99,4 +106,4 @@ def overflow(weight: str, compute: str) -> NonFiniteError:
 
 def _turning(turned: bool, apply: Callable[..., Outcome]) -> Callable[..., Outcome]:
     """``apply`` for a weight that is stored the other way round, if ``turned``."""
-    return (lambda stored: apply(stored.T.contiguous())) if turned else apply
+    return (lambda stored, *rest: apply(stored.T.contiguous(), *rest)) if turned else apply

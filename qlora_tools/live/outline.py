@@ -39,6 +39,7 @@ def outline(folder: Path, task: str = "language") -> LogicalCheckpoint:
     stored = _Outline(folder)
     bare = LogicalCheckpoint(stored)
     model: Any = build_empty(bare, task)
+    model.tie_weights()
     dtype = config_dtype(stored.config)
     buffers = {name: value for name, value in model.named_buffers() if name in model.state_dict()}
     shapes = {name: tuple(value.shape) for name, value in [*model.named_parameters(), *buffers.items()] if value.is_floating_point()}

@@ -5,8 +5,7 @@ the *same* indices (they follow from the number of windows and a fixed seed), wh
 difficulty from every comparison. A statistic here is a ratio of sums over windows, so a resample is only a
 vector of counts, and ten thousand of them are one matrix product.
 
-Interval: percentile, widened for few windows (the "expanded" percentile interval, Hesterberg 2015,
-arXiv:1411.5279, section 5.3). Below :data:`FEWEST_WINDOWS` windows none is given.
+How they are drawn and where an interval ends is ``resampling.py``'s. Below :data:`FEWEST_WINDOWS` windows no interval is given.
 
 Axes: S resamples, W windows.
 """
@@ -16,21 +15,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qlora_tools.errors import IncompatibleError
 from qlora_tools.quality.divergence import Divergence, WindowSums
 from qlora_tools.quality.perplexity import bounded_exp
+from qlora_tools.resampling import F64, bounds, resample_counts
 
 FEWEST_WINDOWS = 8
-RESAMPLES = 10_000
-CONFIDENCE = 0.95
-_SEED = 20_170_905
 _MOST_BLOCKS = 512
-F64 = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -59,16 +53,6 @@ class Comparison:
     effect: Interval
     verdict: str
     n_pairs: int
-
-
-@lru_cache(maxsize=8)
-def resample_counts(n_windows: int, resamples: int = RESAMPLES) -> F64:
-    """How often each window is drawn in each resample: f64[S, W], the same for every caller."""
-    drawn_SW = np.random.Generator(np.random.PCG64(_SEED)).integers(0, n_windows, (resamples, n_windows))
-    flat = (drawn_SW + np.arange(resamples)[:, None] * n_windows).reshape(-1)
-    counts_SW = np.bincount(flat, minlength=resamples * n_windows).reshape(resamples, n_windows).astype(np.float64)
-    counts_SW.setflags(write=False)
-    return counts_SW
 
 
 def mean_interval(sums_W: Sequence[float], tokens_W: Sequence[int]) -> Interval:
@@ -114,11 +98,16 @@ def compare(name_a: str, a: Divergence, name_b: str, b: Divergence, metric: str 
     if x.tokens != y.tokens:
         raise IncompatibleError(f"{name_a} and {name_b} were not judged on the same windows", hint="judge both in one run")
     effect, neutral = _effect(x, y, metric)
-    verdict = "unknown"
-    if effect.low is not None and effect.high is not None:
-        less, more = ("a", "b") if metric != "top1" else ("b", "a")
-        verdict = "tie" if effect.low <= neutral <= effect.high else less if effect.high < neutral else more
-    return Comparison(name_a, name_b, metric, effect, verdict, len(x.tokens))
+    return Comparison(name_a, name_b, metric, effect, verdict_of(effect, neutral, less_is_better=metric != "top1"), len(x.tokens))
+
+
+def verdict_of(effect: Interval, neutral: float, *, less_is_better: bool) -> str:
+    """Who is better by ``effect`` of ``a`` against ``b``, which is ``neutral`` where they are alike; see :class:`Comparison`."""
+    if effect.low is None or effect.high is None:
+        return "unknown"
+    if effect.low <= neutral <= effect.high:
+        return "tie"
+    return "a" if (effect.high < neutral) == less_is_better else "b"
 
 
 def _effect(x: WindowSums, y: WindowSums, metric: str) -> tuple[Interval, float]:
@@ -153,17 +142,7 @@ def _interval(value: float, resampled: tuple[F64, int]) -> Interval:
     ratio_S, n_blocks = resampled
     if n_blocks == 0 or not np.isfinite(ratio_S).all():
         return Interval(value, None, None)
-    tail = _tail(n_blocks)
-    low, high = np.quantile(ratio_S, [tail, 1 - tail])
-    return Interval(value, float(low), float(high))
-
-
-@lru_cache(maxsize=8)
-def _tail(n_blocks: int) -> float:
-    """The share cut off on each side: a normal tail at Student's t, stretched by sqrt(n / (n - 1)) (Hesterberg 2015, 5.3)."""
-    from scipy.stats import norm, t
-
-    return float(norm.cdf(math.sqrt(n_blocks / (n_blocks - 1)) * t.ppf((1 - CONFIDENCE) / 2, n_blocks - 1)))
+    return Interval(value, *bounds(ratio_S, n_blocks))
 
 
 def _mapped(interval: Interval, function: Callable[[float], float]) -> Interval:

@@ -5,10 +5,12 @@ Works on the stored records of :mod:`~qlora_tools.quality.probe`, so a benchmark
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from qlora_tools.quality.intervals import compare, retention_interval
+from qlora_tools.quality.intervals import Comparison, compare, retention_interval
+from qlora_tools.quality.outputs import best_metric, compare_outputs, figure_of, is_outputs
 from qlora_tools.quality.probe import divergence_of
 from qlora_tools.quality.retention import retention
 
@@ -18,35 +20,43 @@ Records = Mapping[str, Mapping[str, Any]]
 def comparisons(records: Records, metric: str = "kl") -> list[dict[str, Any]]:
     """Every pair of settings, better first, as plain JSON: ``a``, ``b``, ``metric``, ``effect``, ``ci95``, ``n_pairs``, ``verdict``.
 
-    Only settings that separate may be ranked; see :func:`~qlora_tools.quality.intervals.compare` for the verdicts.
+    ``metric``: ``kl``, ``ppl``, ``top1``, and of models that look once also ``error`` and ``accuracy``; those that choose no classes are compared by ``error``
+    where ``kl`` was asked for. Only settings that separate may be ranked; see :func:`~qlora_tools.quality.intervals.compare` for the verdicts.
     """
+    if any(is_outputs(record) for record in records.values()):
+        return _outputs_comparisons(records, best_metric(records.values()) if metric == "kl" else metric)
     figure = {"kl": "kl_mean", "ppl": "ppl_candidate", "top1": "top1_agreement"}[metric]
     divergences = {name: divergence_of(record) for name, record in records.items()}
     order = sorted(records, key=lambda name: (getattr(divergences[name], figure) * (-1 if metric == "top1" else 1), name))
-    found = []
-    for i, a in enumerate(order):
-        for b in order[i + 1 :]:
-            result = compare(a, divergences[a], b, divergences[b], metric)
-            bounds = result.effect.bounds
-            found.append(
-                {
-                    "a": a,
-                    "b": b,
-                    "metric": metric,
-                    "effect": result.effect.value,
-                    "ci95": bounds and list(bounds),
-                    "n_pairs": result.n_pairs,
-                    "verdict": result.verdict,
-                }
-            )
-    return found
+    return [_plain(compare(a, divergences[a], b, divergences[b], metric)) for a, b in itertools.combinations(order, 2)]
+
+
+def _outputs_comparisons(records: Records, metric: str) -> list[dict[str, Any]]:
+    best_first = sorted(records, key=lambda name: (records[name][figure_of(metric)] * (-1 if metric in ("top1", "accuracy") else 1), name))
+    return [_plain(compare_outputs(a, records[a], b, records[b], metric)) for a, b in itertools.combinations(best_first, 2)]
+
+
+def _plain(result: Comparison) -> dict[str, Any]:
+    bounds = result.effect.bounds
+    return {
+        "a": result.a,
+        "b": result.b,
+        "metric": result.metric,
+        "effect": result.effect.value,
+        "ci95": bounds and list(bounds),
+        "n_pairs": result.n_pairs,
+        "verdict": result.verdict,
+    }
 
 
 def with_retention(records: Records, base: str) -> dict[str, dict[str, Any]]:
     """The records with ``retention`` and its interval added, where ``base`` is the untuned model and the reference of all is the tuned one.
 
-    The base itself keeps nothing, by definition. Where the fine-tune gained nothing on this text, ``retention`` is ``None``.
+    The base itself keeps nothing, by definition. Where the fine-tune gained nothing on this text, ``retention`` is ``None``. It is a share of perplexity's
+    gain: records of models that look once stay as they are.
     """
+    if any(is_outputs(record) for record in records.values()):
+        return {name: dict(record) for name, record in records.items()}
     untuned = divergence_of(records[base])
     found = {}
     for name, record in records.items():

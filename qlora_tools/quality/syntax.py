@@ -36,8 +36,9 @@ from numpy.typing import NDArray
 
 from qlora_tools.errors import IncompatibleError, UsageError
 from qlora_tools.progress import SILENT, Progress
-from qlora_tools.quality.intervals import CONFIDENCE, Interval, mean_interval
+from qlora_tools.quality.intervals import Interval, mean_interval
 from qlora_tools.quality.prompts import Prompt
+from qlora_tools.resampling import CONFIDENCE
 
 OUTCOMES = ("parses", "open", "broken", "empty")
 _ALLOW_INCOMPLETE = int(codeop.PyCF_ALLOW_INCOMPLETE_INPUT) | ast.PyCF_ONLY_AST  # type: ignore[attr-defined]

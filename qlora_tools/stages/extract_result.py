@@ -29,7 +29,7 @@ from qlora_tools.stages.extract_units import Compared, Factored
 class TensorRow:
     """One factored tensor of the report. ``capped``: ``max_rank`` cut off what the rule for ranks wanted to keep. ``weighted``: the
     certificate under the metric of calibration statistics. ``kept_change``: how much of tuned - base the product has along it, where it
-    approximates more than that."""
+    approximates more than that. ``singular_values``: the kept ones, of what was approximated, to five digits."""
 
     name: str
     shape: tuple[int, ...]
@@ -37,6 +37,7 @@ class TensorRow:
     capped: bool = False
     weighted: Certificate | None = None
     kept_change: float | None = None
+    singular_values: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -229,16 +230,20 @@ class _Result:
             return False
         return config.energy is None or float(spectrum.singular_values.double().square().sum()) < config.energy * spectrum.energy
 
+    def _kept_values(self, name: str, rank: int) -> tuple[float, ...]:
+        found = self._factored[name].found
+        assert found is not None
+        return tuple(float(f"{value:.5g}") for value in found.spectrum[:rank].tolist())
+
     def _report(self, ranks: Mapping[str, int], whole: list[str], biases: list[str], plan: Plan) -> ExtractReport:
         config = self._extraction.config
         rows, dropped = [], []
         for name, rank in sorted(ranks.items()):
             certificate = self._factored[name].at(rank)
             if rank:
-                factored = self._factored[name]
-                rows.append(
-                    TensorRow(name, self._pieces[name].spec.shape, certificate, self._is_capped(name, rank), factored.weighted_at(rank), factored.kept_change)
-                )
+                factored, shape = self._factored[name], self._pieces[name].spec.shape
+                capped, values = self._is_capped(name, rank), self._kept_values(name, rank)
+                rows.append(TensorRow(name, shape, certificate, capped, factored.weighted_at(rank), factored.kept_change, values))
             else:
                 noise = config.rank == "auto" and config.max_bytes is None
                 reason = "below the rounding noise of the checkpoint" if noise else "did not fit into what the other tensors left of the size"
@@ -247,10 +252,10 @@ class _Result:
             if self._compared[name].changed:
                 dropped.append(Dropped(name, self._pieces[name].reason, math.sqrt(self._compared[name].delta_energy)))
         notes = []
-        capped = sum(row.capped for row in rows)
-        if capped:
+        capped_rows = sum(row.capped for row in rows)
+        if capped_rows:
             way_out = "give --max-bytes for a wider spread" if config.spreads else "raise --max-rank"
-            notes.append(f"{capped} tensors would have kept more than the largest rank allowed, {config.largest_rank}: {way_out}")
+            notes.append(f"{capped_rows} tensors would have kept more than the largest rank allowed, {config.largest_rank}: {way_out}")
         grown = [name for name in self._of_role("grown") if name in whole]
         if grown:
             rows_now = self._stored_spec(grown[0]).shape[0]

@@ -1,51 +1,80 @@
-"""``qlt bench``: latency, memory and quality of exports side by side, as JSON, a table, a page and plots."""
+"""``qlt bench``: latency, memory and quality of models in several settings side by side, as JSON, a table, a page and plots.
+
+``bench_plan.py`` decides what runs and what has to be made for it, ``bench_settings.py`` makes it, ``bench/`` measures, ``quality/`` judges, and
+``report.py`` draws.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qlora_tools.bench.page import bench_page
-from qlora_tools.bench.plots import write_plots
-from qlora_tools.bench.record import FILE_NAME, BenchRecord, Layer, Setting, Workload
-from qlora_tools.bench.run import QualityTask, run_bench
-from qlora_tools.bench.table import to_markdown
-from qlora_tools.checkpoint.folder import check_output, output_folder, seal
+from qlora_tools.bench.attempts import QualityTask
+from qlora_tools.bench.compare import MARGIN, Compared
+from qlora_tools.bench.pick import Picked, parse_wishes
+from qlora_tools.bench.record import BenchRecord, Layer, Workload, read_record
+from qlora_tools.bench.run import run_bench
+from qlora_tools.checkpoint.folder import check_output, output_folder
 from qlora_tools.cores import allowed_cores
-from qlora_tools.errors import MissingError, UsageError
-from qlora_tools.manifest import Manifest, read_manifest
+from qlora_tools.errors import Interrupted, MissingError, OutputExistsError, UsageError
 from qlora_tools.progress import SILENT, Progress
+from qlora_tools.quality.outputs import PROBE as OUTPUTS_PROBE
 from qlora_tools.quality.probe import PROBE, probe_options
 from qlora_tools.quality.ranking import comparisons, with_retention
-from qlora_tools.verbs.evaluate import engine_of, positions_of, read_text
+from qlora_tools.verbs.bench_layers import layers_of, layers_of_models
+from qlora_tools.verbs.bench_names import interrupted_run, journal_of, next_run
+from qlora_tools.verbs.bench_plan import BenchPlan, LineUp, check_room, line_up, sweep
+from qlora_tools.verbs.evaluate import ONNX_FORWARD, TORCH_FORWARD, read_text
+from qlora_tools.verbs.exporting import Given
+from qlora_tools.verbs.report import compared, picked, write_report
+
+__all__ = ["BenchPlan", "BenchResult", "bench", "layers_of", "sweep"]
+
+RUNS = Path("runs")
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Where the results lie and what they are. ``reference`` is the setting that quality is judged against."""
+    """Where the results lie and what they are. ``reference`` is the setting that quality is judged against, ``plan`` what had to be done, ``skipped``
+    arguments that are no models. ``record`` is ``None`` in a dry run; ``picked`` and ``compared`` are what was asked for with it."""
 
     output: Path
     dry_run: bool
     settings: tuple[str, ...]
     reference: str | None
+    plan: BenchPlan
+    skipped: tuple[str, ...]
     record: BenchRecord | None
+    picked: Picked | None = None
+    compared: Compared | None = None
 
 
 def bench(
     *,
     models: Sequence[str | Path],
+    adapters: Given = (),
+    settings: Sequence[str] | None = None,
     reference: str | Path | None = None,
     untuned: str | Path | None = None,
     text: Path | None = None,
+    labels: Path | None = None,
     workload: Workload | None = None,
-    rounds: int = 3,
+    rounds: int = 5,
     threads: int | None = None,
+    timeout_s: float = 600.0,
+    limits: bool = False,
+    quality: bool = True,
     quality_tokens: int = 4096,
     context: int = 256,
-    layers: Sequence[Layer] = (),
+    layers: Sequence[Layer] | None = None,
     title: str = "Benchmark",
+    compare: str | Path | None = None,
+    margin: float = MARGIN,
+    pick: str | None = None,
+    resume: bool = False,
     output: Path | None = None,
     force: bool = False,
     device: str = "auto",
@@ -53,113 +82,148 @@ def bench(
     command: Sequence[str] = (),
     progress: Progress = SILENT,
 ) -> BenchResult:
-    """Measure ``models`` (exports and checkpoints), each in fresh processes.
+    """Measure ``models``, each setting in fresh processes.
 
-    ``workload``: what each is asked to do, by default 128 tokens in and 65 out. ``reference``: the folder that KL, agreement and the perplexity ratio refer to; without one quality is left out.
-    ``untuned``: one of ``models`` that is the base before fine-tuning; the others then show how much of the gain they keep.
+    Exports, and without ``settings`` checkpoints, are measured as they are. With ``settings`` (``fp32 fp16 bf16 int8 w8a8 int4 nf4``: exports;
+    ``torch-fp32 torch-bf16 torch-fp16 torch-nf4 torch-int8``: transformers) a checkpoint, or a base with ``adapters`` merged, is measured in each;
+    what is missing for that is exported first, and an export that fails leaves a row with its reason. ``workload``: what each is asked to do, by default
+    128 tokens in and 65 out. ``reference``: the model that KL, agreement and the perplexity ratio refer to; without one it is the fp32 export of the
+    first checkpoint, on a GPU that checkpoint itself; for exports alone quality is left out. ``untuned``: one of ``models`` that is the base before
+    fine-tuning, with ``adapters`` the base itself; the others then show how much of the gain they keep. ``text``: to judge on; ``labels``: right answers for a
+    classifier. ``limits``: also look for the smallest limit of
+    GPU memory that each runs under. ``layers``: of the report, by default what manifests say. ``compare``: an older run, ``margin`` the share up to which
+    a change is none; ``pick``: wishes (see ``bench/pick.py``). ``resume`` goes on with a benchmark that was interrupted, ``output`` or the last one.
 
     Raises:
-        UsageError: no models. MissingError: a folder that is none. What a child does wrong becomes its row's reason.
+        UsageError: no models, unknown settings or wishes, work that is longer than a model's positions. MissingError: a model that is none, or nothing to
+        resume. What a child does wrong becomes its row's reason.
     """
-    folders = [Path(model) for model in models]
-    if not folders:
-        raise UsageError("nothing to measure", hint="give exports, or make one with `qlt export`")
-    for folder in folders:
-        engine_of(folder, device)
-    ids, labels = unique_names(folders), short_labels(folders)
-    settings = [setting_of(folder, device, ids[folder], labels[folder]) for folder in folders]
-    dest = output or next_run(Path("runs"))
-    check_output(dest, force=force, inputs=folders)
+    chosen = workload or Workload()
+    parse_wishes(pick) if pick is not None else None
+    before = read_record(Path(compare)) if compare is not None else None
+    found = line_up(models, adapters=adapters, settings=settings, reference=reference, untuned=untuned, device=device, judged=quality, progress=progress)
+    check_room(found, chosen)
+    dest = _destination(output, resume)
+    inputs = [Path(item.setting.path) for item in found.everything if item.setting.path and item.action == "as it is"]
+    check_output(dest, force=force, inputs=inputs)
+    names, plan = tuple(item.setting.id for item in found.planned), found.described(chosen, rounds)
     if dry_run:
-        return BenchResult(dest, True, tuple(setting.id for setting in settings), Path(reference).name if reference else None, None)
-    workload, task, notes = workload or Workload(), None, []
-    _check_room(folders, workload)
-    if reference is None:
-        notes.append("Quality was not judged: there is no reference.")
-    else:
+        return BenchResult(dest, True, names, found.reference.setting.id if found.reference else None, plan, found.skipped, None)
+    found = found.made()
+    task, ids, notes = _judging(found, quality, text, labels, quality_tokens, context)
+    chosen = replace(chosen, ids=tuple(ids[: chosen.longest])) if ids and chosen.ids is None else chosen
+    with _journal(dest, resume) as journal:
+        record = run_bench(
+            [item.setting for item in found.planned],
+            chosen,
+            rounds=rounds,
+            threads=threads or allowed_cores(),
+            timeout_s=timeout_s,
+            quality=task,
+            limits=limits,
+            journal=journal,
+            command=command,
+            title=title,
+            progress=progress,
+        )
+    known = layers if layers is not None else _layers(found)
+    record = _judged(replace(record, notes=(*record.notes, *notes), layers=tuple(known)), found.untuned)
+    stored = _store(record, dest, force, inputs, elsewhere=output is None)
+    journal.unlink(missing_ok=True)
+    return BenchResult(
+        output=stored,
+        dry_run=False,
+        settings=names,
+        reference=task.reference.id if task else None,
+        plan=plan,
+        skipped=found.skipped,
+        record=record,
+        picked=picked(record, pick),
+        compared=compared(record, before, margin, compare),
+    )
+
+
+def _destination(output: Path | None, resume: bool) -> Path:
+    """``output``, or a new run, or with ``resume`` the one that was interrupted.
+
+    Raises:
+        MissingError: nothing was interrupted.
+    """
+    if not resume:
+        return output or next_run(RUNS)
+    found = output or interrupted_run(RUNS)
+    if found is None or not journal_of(found).exists():
+        where = found if found is not None else RUNS
+        raise MissingError(f"{where}: there is no interrupted benchmark to go on with", hint="run without --resume, or name its output with -o")
+    return found
+
+
+@contextmanager
+def _journal(dest: Path, resume: bool) -> Iterator[Path]:
+    """The file that keeps what is finished. It outlives an interruption."""
+    journal = journal_of(dest)
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        journal.unlink(missing_ok=True)
+    try:
+        yield journal
+    except KeyboardInterrupt:
+        raise Interrupted("the benchmark was interrupted", hint="the same command with --resume goes on from what is finished", folder=dest) from None
+
+
+def _store(record: BenchRecord, dest: Path, force: bool, inputs: Sequence[Path], *, elsewhere: bool) -> Path:
+    """Write the results. ``elsewhere``: take the next free run where another benchmark was faster; what took hours to measure is not lost to a name."""
+    while True:
         try:
-            reading = read_text(Path(reference), text, tokens=quality_tokens, context=context)
-            judge = setting_of(Path(reference), device, ids.get(Path(reference), Path(reference).name), None)
-            task = QualityTask(PROBE, judge, probe_options(reading.corpus, reading.method, reading.windows))
-            workload = replace(workload, ids=tuple(int(token) for window in reading.windows for token in window.ids)[: workload.longest])
-        except MissingError as error:
-            notes.append(f"Quality was not judged: {error}")
-    record = run_bench(settings, workload, rounds=rounds, threads=threads or allowed_cores(), quality=task, command=command, title=title, progress=progress)
-    record = _judged(replace(record, notes=(*record.notes, *notes), layers=tuple(layers)), ids.get(Path(untuned)) if untuned else None)
-    _write(record, dest, force=force, inputs=folders)
-    return BenchResult(dest, False, tuple(setting.id for setting in settings), task.reference.id if task else None, record)
+            with output_folder(dest, force=force, inputs=inputs) as folder:
+                write_report(record, folder)
+        except OutputExistsError:
+            if not elsewhere:
+                raise
+            dest = next_run(RUNS)
+        else:
+            return dest
 
 
-def _check_room(folders: Sequence[Path], workload: Workload) -> None:
-    for folder in folders:
-        room = positions_of(folder)
-        if room is not None and workload.longest > room:
-            raise UsageError(f"{folder} has {room} positions, {workload.longest} tokens were asked for", hint="lower --prompt or --new")
+def _judging(
+    found: LineUp, quality: bool, text: Path | None, labels: Path | None, tokens: int, context: int
+) -> tuple[QualityTask | None, list[int], list[str]]:
+    """The task of judging quality, the tokens of the text, and why there is none of it."""
+    if not quality:
+        return None, [], ["Quality was not judged: it was not asked for."]
+    if found.reference is None:
+        return None, [], ["Quality was not judged: there is no reference."]
+    judge = found.reference.setting
+    if judge.unavailable is not None:
+        return None, [], [f"Quality was not judged: the reference is not there ({judge.unavailable})."]
+    folder = Path(str(judge.path))
+    if judge.engine in (ONNX_FORWARD, TORCH_FORWARD):
+        from qlora_tools.verbs.evaluate_outputs import inputs_for
+
+        return QualityTask(OUTPUTS_PROBE, judge, inputs_for(folder, text=text, labels=labels, tokens=tokens, context=context)), [], []
+    if labels is not None:
+        raise UsageError("labels are right answers for a classifier, and this model writes text", hint="leave out --labels")
+    try:
+        reading = read_text(folder, text, tokens=tokens, context=context)
+    except MissingError as error:
+        return None, [], [f"Quality was not judged: {error}"]
+    options = probe_options(reading.corpus, reading.method, reading.windows)
+    return QualityTask(PROBE, judge, options), [int(token) for window in reading.windows for token in window.ids], []
 
 
-def setting_of(folder: Path, device: str, name: str, label: str | None) -> Setting:
-    """How ``folder`` is run; ``name`` tells it apart, ``label`` is what tables show."""
-    engine, options = engine_of(folder, device)
-    manifest = read_manifest(folder)
-    scheme = str(manifest.command.get("scheme")) if manifest and manifest.command.get("scheme") else None
-    return Setting(id=name, engine=engine, options=options, scheme=scheme, path=str(folder), label=label)
-
-
-def unique_names(folders: Sequence[Path]) -> dict[Path, str]:
-    """Each folder's shortest tail that no other folder has: ``int8``, or ``run1/int8`` beside ``run2/int8``."""
-    parts = {folder: folder.resolve().parts for folder in folders}
-    depth = 1
-    while depth < max(map(len, parts.values())) and len({found[-depth:] for found in parts.values()}) < len(parts):
-        depth += 1
-    return {folder: "/".join(found[-depth:]) for folder, found in parts.items()}
-
-
-def short_labels(folders: Sequence[Path]) -> dict[Path, str]:
-    """Names without the words that all of them begin with: ``fp32`` and ``int8`` for ``base-tuned-r16-fp32`` and ``base-tuned-r16-int8``."""
-    words = {folder: name.split("-") for folder, name in unique_names(folders).items()}
-    shared = 0
-    while len(words) > 1 and all(len(found) > shared + 1 for found in words.values()) and len({found[shared] for found in words.values()}) == 1:
-        shared += 1
-    return {folder: "-".join(found[shared:]) for folder, found in words.items()}
-
-
-def layers_of(adapter: Path) -> list[Layer]:
-    """The extraction's report of an adapter folder, for the page's own section; empty for adapters made elsewhere."""
-    manifest = read_manifest(adapter)
-    rows = manifest.report.get("rows", []) if manifest else []
-    return [_layer(row) for row in rows]
-
-
-def next_run(folder: Path) -> Path:
-    """The first of ``bench-001``, ``bench-002``, ... that is not there."""
-    number = 1
-    while (folder / f"bench-{number:03}").exists():
-        number += 1
-    return folder / f"bench-{number:03}"
-
-
-def _layer(row: Mapping[str, Any]) -> Layer:
-    found = row["certificate"]
-    kept, best = 1 - found["error"] ** 2, 1 - found["optimum"] ** 2
-    return Layer(row["name"], tuple(row["shape"]), found["rank"], kept_energy=kept, best_energy=best, relative_error=found["error"])
+def _layers(found: LineUp) -> list[Layer]:
+    """What manifests say about the models and about the adapters that were merged for this."""
+    folders = [Path(item.setting.path) for item in found.everything if item.setting.path]
+    parts = [part.folder for item in found.planned if item.subject is not None for part in item.subject.drawn.adapters]
+    return layers_of_models(folders, list(dict.fromkeys(parts)))
 
 
 def _judged(record: BenchRecord, untuned: str | None) -> BenchRecord:
     """The record with pairwise verdicts and, where the untuned model was measured too, the share of the gain that is kept."""
-    good = {quality.setting: quality.figures for quality in record.quality if quality.status == "ok"}
+    good: Mapping[str, Mapping[str, Any]] = {item.setting: item.figures for item in record.quality if item.status == "ok"}
     if len(good) < 2:
         return record
-    if untuned in good:
-        good = dict(with_retention(good, untuned))
+    if untuned is not None and untuned in good:
+        good = with_retention(good, untuned)
     quality = tuple(replace(item, figures=good.get(item.setting, item.figures)) for item in record.quality)
-    return replace(record, quality=quality, comparisons=tuple(comparisons(good)))
-
-
-def _write(record: BenchRecord, dest: Path, *, force: bool, inputs: Sequence[Path]) -> None:
-    with output_folder(dest, force=force, inputs=inputs) as folder:
-        (folder / FILE_NAME).write_bytes(record.to_json())
-        (folder / "report.html").write_text(bench_page(record), encoding="utf-8")
-        (folder / "report.md").write_text(to_markdown(record), encoding="utf-8")
-        (folder / "plots").mkdir()
-        write_plots(record, folder / "plots")
-        seal(folder, Manifest("bench", {"verb": "bench"}))
+    return replace(record, quality=quality, comparisons=(*record.comparisons, *comparisons(good)))

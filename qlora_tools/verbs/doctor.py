@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlora_tools.errors import MissingError
 from qlora_tools.manifest import library_versions
 
 
@@ -41,7 +42,14 @@ def doctor(*, folder: Path = Path()) -> Diagnosis:
     """Run every check; a check that raises is a failed check with the exception as its finding."""
     checks = [
         _guarded(name, check)
-        for name, check in (("torch", _torch), ("codecs", _codecs), ("bitsandbytes", _bitsandbytes), ("onnxruntime", _onnxruntime), ("cuda", _cuda))
+        for name, check in (
+            ("torch", _torch),
+            ("codecs", _codecs),
+            ("bitsandbytes", _bitsandbytes),
+            ("onnxruntime", _onnxruntime),
+            ("cuda", _cuda),
+            ("gpu memory", _gpu_memory),
+        )
     ]
     checks.append(_guarded("working folder", lambda: _disk(folder)))
     machine = {"python": sys.version.split()[0], "system": platform.platform(), "cpu": _cpu(), "cores": str(os.cpu_count())}
@@ -110,6 +118,19 @@ def _cuda() -> tuple[str, str, str | None]:
         return "warn", f"{name}, but onnxruntime has no CUDA provider", "install onnxruntime-gpu"
     free, total = torch.cuda.mem_get_info()
     return "ok", f"{name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free", None
+
+
+def _gpu_memory() -> tuple[str, str, str | None]:
+    from qlora_tools.bench.device import open_meter
+
+    try:
+        meter = open_meter("cuda")
+    except MissingError as error:
+        return "warn", str(error), error.hint
+    assert meter is not None, "a CUDA device has a meter"
+    facts = meter.describe()
+    way = None if facts["meter"] == "nvml" else "for energy and divided GPUs: pip install nvidia-ml-py"
+    return "ok", f"{facts['name']} read through {facts['meter']}, driver {facts['driver']}, CUDA {facts['cuda']}", way
 
 
 def _disk(folder: Path) -> tuple[str, str, str | None]:

@@ -1,11 +1,15 @@
-"""``qlt eval``: perplexity of checkpoints, adapters on a base, and exports, and their divergence from a reference."""
+"""``qlt eval``: perplexity of checkpoints, adapters on a base, and exports, and their divergence from references.
+
+Models that do not write are judged by ``evaluate_outputs.py``; which engine runs a folder, and what it does, is told here for all.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_tools.bench.engine import locate
 from qlora_tools.checkpoint.hub import resolve_model
@@ -14,6 +18,8 @@ from qlora_tools.cores import allowed_cores
 from qlora_tools.errors import IncompatibleError, MissingError, UsageError
 from qlora_tools.live.tokenizer import open_tokenizer
 from qlora_tools.manifest import read_manifest
+from qlora_tools.models.feeds import positions
+from qlora_tools.models.work import FORWARD, work_of
 from qlora_tools.progress import SILENT, Progress
 from qlora_tools.quality.corpus import Corpus, Method, Window, python_reference, read_corpus, tokenize
 from qlora_tools.quality.divergence import divergence
@@ -21,25 +27,34 @@ from qlora_tools.quality.intervals import perplexity_interval
 from qlora_tools.quality.perplexity import perplexity
 from qlora_tools.quality.probe import logits_of, quality_record
 
+if TYPE_CHECKING:
+    from qlora_tools.verbs.evaluate_outputs import OutputsResult
+
 #: Named, not imported: each brings its runtime with it, and the worker processes of a benchmark import what they need.
 TORCH_ENGINE = "qlora_tools.bench.hf_engine:load"
 ONNX_ENGINE = "qlora_tools.export.runtime:open_engine"
+TORCH_FORWARD = "qlora_tools.bench.hf_forward:load"
+ONNX_FORWARD = "qlora_tools.export.runtime.forward:open_forward"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
+#: Stands between a base and the adapter on it, where both are named as one model.
+_WITH = " + "
 
 
 @dataclass(frozen=True)
 class Judged:
-    """One model on the text. ``figures`` holds KL and agreement where there is a reference; see ``quality/probe.py``."""
+    """One model on the text. ``figures`` holds KL and agreement where there is a reference (see ``quality/probe.py``), ``further`` the same for each
+    reference after the first, by its name."""
 
     name: str
     perplexity: float
     ci95: tuple[float, float] | None
     figures: Mapping[str, Any]
+    further: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """All models on one text, with the method without which a perplexity is no number."""
+    """All models on one text, with the method without which a perplexity is no number. ``references``: all of them; ``reference`` is the first."""
 
     corpus: str
     corpus_sha256: str
@@ -47,6 +62,7 @@ class EvalResult:
     n_tokens: int
     reference: str | None
     models: tuple[Judged, ...]
+    references: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,42 +87,70 @@ def evaluate(
     *,
     models: Sequence[str | Path],
     adapters: Sequence[str | Path] = (),
-    against: str | Path | None = None,
+    against: str | Path | Sequence[str | Path] | None = None,
     text: Path | None = None,
+    labels: Path | None = None,
     tokens: int = 16_384,
     context: int = 256,
     device: str = "auto",
     progress: Progress = SILENT,
-) -> EvalResult:
-    """Judge every model (a checkpoint or export folder, or a hub id) on one text; ``against`` is the reference of KL and agreement.
+) -> EvalResult | OutputsResult:
+    """Judge every model (a checkpoint or export folder, or a hub id): those that write on one text, those that look once on inputs of their kind.
 
-    ``adapters``: PEFT folders, or names of the adapters that an export keeps; each is judged on the first model as one more candidate.
+    ``adapters``: PEFT folders, or names of the adapters that an export keeps; each is judged on the first model as one more candidate. ``against``: the
+    reference of KL and agreement, or several, of which each gets its own figures; ``base + adapter`` is a base with an adapter left unmerged on it.
+    ``labels``: right answers for a classifier, ``{text, label}`` lines or images in folders of their classes.
 
     Raises:
-        IncompatibleError: tokenizers differ, so that no number could be compared; or an adapter is for another base.
+        IncompatibleError: tokenizers differ, so that no number could be compared; models that write beside models that look; or an adapter is for another
+        base. UsageError: labels for a model that writes.
     """
     candidates = candidates_of(models, adapters, progress)
-    folders = [candidate.folder for candidate in candidates]
-    reference_folder = resolve_model(str(against)) if against else None
-    reading = read_text(folders[0], text, tokens=tokens, context=context)
-    _same_tokenizer([*folders, *([reference_folder] if reference_folder else [])])
-    reference = open_engine(reference_folder, device) if reference_folder else None
-    judged = []
-    for candidate in candidates:
-        name, folder = candidate.name, candidate.folder
-        engine = open_engine(folder, device, candidate.adapter)
-        try:
-            if reference is None:
-                found = perplexity(logits_of(engine), reading.windows, progress=progress, title=f"eval {folder.name}")
-                judged.append(Judged(name, found.value, perplexity_interval(found.nll, found.tokens).bounds, {}))
-            else:
+    references = references_of(against, progress)
+    works = {_work_of(one.folder) for one in (*candidates, *references)}
+    if len(works) > 1:
+        raise IncompatibleError("some of the models write text and some do not: they cannot be judged together", hint="evaluate them one by one")
+    if works == {FORWARD}:
+        from qlora_tools.verbs.evaluate_outputs import evaluate_outputs
+
+        return evaluate_outputs(candidates, references, text=text, labels=labels, tokens=tokens, context=context, device=device, progress=progress)
+    if labels is not None:
+        raise UsageError("labels are right answers for a classifier, and this model writes text", hint="leave out --labels, or judge by --task python-syntax")
+    reading = read_text(candidates[0].folder, text, tokens=tokens, context=context)
+    _same_tokenizer([one.folder for one in (*candidates, *references)])
+    judged = [_judged(candidate, references, reading, device, progress) for candidate in candidates]
+    scored, names = sum(window.n_scored for window in reading.windows), tuple(one.name for one in references)
+    return EvalResult(reading.corpus.name, reading.corpus.sha256, reading.method.name, scored, names[0] if names else None, tuple(judged), names)
+
+
+def _judged(candidate: Candidate, references: Sequence[Candidate], reading: Reading, device: str, progress: Progress) -> Judged:
+    """One model, alone or beside each reference; never more than two of them are loaded."""
+    with closing(open_engine(candidate.folder, device, candidate.adapter)) as engine:
+        if not references:
+            found = perplexity(logits_of(engine), reading.windows, progress=progress, title=f"eval {candidate.folder.name}")
+            return Judged(candidate.name, found.value, perplexity_interval(found.nll, found.tokens).bounds, {})
+        corpus = {"name": reading.corpus.name, "sha256": reading.corpus.sha256}
+        against: dict[str, dict[str, Any]] = {}
+        for one in references:
+            with closing(open_engine(one.folder, device, one.adapter)) as reference:
                 result = divergence(logits_of(reference), logits_of(engine), reading.windows, progress=progress)
-                figures = quality_record(result, corpus={"name": reading.corpus.name, "sha256": reading.corpus.sha256}, method=reading.method.record())
-                judged.append(Judged(name, figures["ppl_candidate"], tuple(figures["ci95"]["ppl_candidate"] or ()) or None, figures))  # type: ignore[arg-type]
-        finally:
-            engine.close()
-    scored = sum(window.n_scored for window in reading.windows)
-    return EvalResult(reading.corpus.name, reading.corpus.sha256, reading.method.name, scored, str(against) if against else None, tuple(judged))
+            against[one.name] = quality_record(result, corpus=corpus, method=reading.method.record())
+    figures = against.pop(references[0].name)
+    bounds = figures["ci95"]["ppl_candidate"]
+    return Judged(candidate.name, figures["ppl_candidate"], (bounds[0], bounds[1]) if bounds else None, figures, against)
+
+
+def references_of(against: str | Path | Sequence[str | Path] | None, progress: Progress = SILENT) -> list[Candidate]:
+    """What is judged against, each once, in order.
+
+    Raises:
+        What opening a model, or reading an adapter for it, raises.
+    """
+    found: dict[str, Candidate] = {}
+    for name in [against] if isinstance(against, (str, Path)) else against or ():
+        model, plus, adapter = str(name).partition(_WITH)
+        found.setdefault(str(name), candidates_of([model.strip()], [adapter.strip()] if plus else [], progress)[-1])
+    return list(found.values())
 
 
 def candidates_of(models: Sequence[str | Path], adapters: Sequence[str | Path], progress: Progress = SILENT) -> list[Candidate]:
@@ -142,28 +186,51 @@ def _kept(export: Candidate, adapters: Sequence[str | Path]) -> list[Candidate]:
     return [Candidate(f"{export.name} + {adapter}", export.folder, find_adapter(export.folder, adapter)) for adapter in adapters]
 
 
-def open_engine(folder: Path, device: str = "auto", adapter: Path | None = None) -> Any:
-    """The runtime for a folder: ONNX Runtime for an export, transformers (fp32 unless quantized) for a checkpoint, with ``adapter`` on it."""
+def open_engine(folder: Path, device: str = "auto", adapter: Path | None = None, task: str | None = None) -> Any:
+    """The runtime for a folder: ONNX Runtime for an export, transformers (fp32 unless quantized) for a checkpoint, with ``adapter`` on it.
+
+    ``task``: what a checkpoint that looks once is loaded for, where that is not what its config says.
+    """
     threads = allowed_cores()
     path, options = engine_of(folder, device)
     if adapter is not None:
         options["adapter"] = str(adapter)
+    if task is not None and path == TORCH_FORWARD:
+        options["task"] = task
     return locate(path)(threads=threads, **options)
 
 
 def engine_of(folder: Path, device: str = "auto") -> tuple[str, dict[str, Any]]:
-    """Import path and options of the engine that runs ``folder``.
+    """Import path and options of the engine that runs ``folder``: one that writes token after token, or one that looks once.
 
     Raises:
         MissingError: neither an export nor a checkpoint.
     """
+    looks = _work_of(folder) == FORWARD
     if list(folder.glob("*.onnx")):
         manifest = read_manifest(folder)
-        return ONNX_ENGINE, {"folder": str(folder), "device": manifest.command.get("device", "cpu") if manifest else "cpu"}
+        made_for = manifest.command.get("device", "cpu") if manifest else "cpu"
+        return ONNX_FORWARD if looks else ONNX_ENGINE, {"folder": str(folder), "device": made_for}
     if not (folder / "config.json").exists():
         raise MissingError(f"{folder} is neither a checkpoint nor an export", hint="run `qlt inspect` on it")
     quantized = "quantization_config" in read_json(folder / "config.json")
-    return TORCH_ENGINE, {"path": str(folder), "dtype": "stored" if quantized else "fp32", "device": "cpu" if device == "auto" else device}
+    options = {"path": str(folder), "dtype": "stored" if quantized else "fp32", "device": "cpu" if device == "auto" else device}
+    return TORCH_FORWARD if looks else TORCH_ENGINE, options
+
+
+def task_of(folder: Path) -> str | None:
+    """What a traced export says that it computes; ``None`` for a drawn one and for a checkpoint."""
+    manifest = read_manifest(folder)
+    found = manifest.command.get("task") if manifest is not None and manifest.kind == "export" else None
+    return None if found is None else str(found)
+
+
+def _work_of(folder: Path) -> str:
+    return work_of(_config_of(folder), task_of(folder))
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    return read_json(folder / "config.json") if (folder / "config.json").exists() else {}
 
 
 def read_text(folder: Path, text: Path | None, *, tokens: int, context: int) -> Reading:
@@ -185,9 +252,7 @@ def read_text(folder: Path, text: Path | None, *, tokens: int, context: int) -> 
 
 def positions_of(folder: Path) -> int | None:
     """How many positions a model has, from its config.json; ``None`` where that does not say."""
-    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-    found = config.get("max_position_embeddings", config.get("n_positions"))
-    return found if isinstance(found, int) else None
+    return positions(_config_of(folder))
 
 
 def _same_tokenizer(folders: Sequence[Path]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +20,15 @@ from qlora_tools.export.decoder.branches import Branches, Factors
 from qlora_tools.export.decoder.export import DecoderExport, plan_export, write_graph
 from qlora_tools.export.decoder.genai import write_genai_config
 from qlora_tools.export.onnx_adapter import file_of
-from qlora_tools.export.schemes import FLOATS, NAMES, scheme_of, target_for
+from qlora_tools.export.schemes import FLOATS, NAMES, Scheme, scheme_of, target_for
 from qlora_tools.export.target import COMPUTE, Target
 from qlora_tools.manifest import Manifest, canonical_json
 from qlora_tools.names import slug
 from qlora_tools.progress import SILENT, Progress
+from qlora_tools.verbs.calibrate import BUILTIN, SELF
 from qlora_tools.verbs.exporting import Drawn, Given, open_drawn
 from qlora_tools.verbs.opening import copy_side_files, resolve_device
+from qlora_tools.verbs.origins import describe_calibration
 
 if TYPE_CHECKING:
     from qlora_tools.export.calibrated import Gain
@@ -47,7 +49,7 @@ class ExportedAdapter:
     file: str
     ranks: tuple[int, int]
     adapter_bytes: int
-    parity: Parity | None
+    parity: Parity | TracedParity | None
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,16 @@ class ExportResult:
 
 @dataclass(frozen=True)
 class Request:
-    """What kind of graph was asked for: ``scheme`` ``None`` is the floats of the target; ``task`` ``None`` what the architecture is for."""
+    """What kind of graph was asked for: ``task`` ``None`` is what the architecture is for, ``head_bits`` ``None`` the scheme's own."""
 
     scheme: str
     target: Target
     task: str | None
+    head_bits: int | None = None
+
+    @property
+    def chosen(self) -> Scheme:
+        return scheme_of(self.scheme, self.target, self.head_bits)
 
 
 def export(
@@ -96,6 +103,7 @@ def export(
     standard: bool = False,
     task: str | None = None,
     calib: str | Path | None = None,
+    head_bits: int | None = None,
     verify: bool = True,
     output: Path | None = None,
     force: bool = False,
@@ -109,7 +117,7 @@ def export(
     ``branch``: adapters stored beside the weights in 16 bits, always on. ``residual=False`` leaves out the branch that a merge left beside the checkpoint.
     ``device``, ``dtype`` (``fp16``, ``bf16``: of a CUDA graph with quantized weights) and ``standard`` (plain ONNX operators) say what the graph is for.
     ``task``: of a traced model. ``calib``: a text, a file of ``qlt calibrate``, ``self`` or ``builtin``; weights are then rounded for what the layers
-    read there. With adapters the statistics are the base's. A dry run takes none.
+    read there. With adapters the statistics are the base's. A dry run takes none. ``head_bits=8``: of an int4 graph, see ``export/schemes.py``.
 
     Raises:
         UsageError: both or neither of ``model`` and ``base``; ``calib`` for floats. UnsupportedError: a model without a graph, or an adapter that no
@@ -117,12 +125,16 @@ def export(
     """
     began = time.perf_counter()
     drawn = open_drawn(model, base, adapters, keep, branch, target, residual, progress)
-    asked = _request(scheme, dtype, device, standard, task)
+    asked = replace(_request(scheme, dtype, device, standard, task), head_bits=head_bits)
     dest = output or Path("exports") / slug(f"{drawn.name.replace('+', '-')}-{asked.scheme}")
     check_output(dest, force=force, inputs=drawn.folders)
-    if calib is not None and scheme_of(asked.scheme, asked.target).carried in FLOATS:
+    if calib is not None and asked.chosen.carried in FLOATS:
         raise UsageError(f"{asked.scheme} weights are not rounded, so there is nothing to calibrate", hint="leave --calib out, or export with --int4 or --int8")
     planned = plan_graph(drawn, asked, None, progress)
+    if calib is not None and not isinstance(planned, DecoderExport):
+        from qlora_tools.verbs.export_traced import check_calibration
+
+        check_calibration(planned)
     made = _Made()
     if not dry_run:
         with _statistics(drawn.checkpoint, calib, dest, progress) as statistics:
@@ -130,7 +142,7 @@ def export(
                 planned = plan_graph(drawn, asked, statistics, progress)
             with output_folder(dest, force=force, inputs=drawn.folders) as folder:
                 made = _write(planned, drawn, folder, verify, progress)
-                seal(folder, _manifest(planned, drawn, asked, made, statistics, merged=len(adapters)))
+                seal(folder, _manifest(planned, drawn, asked, made, (calib, statistics), dest))
     return _result(planned, drawn, asked, made, dest, dry_run, time.perf_counter() - began)
 
 
@@ -140,7 +152,7 @@ class _Made:
 
     parity: Parity | TracedParity | None = None
     calibration: Gain | None = None
-    with_adapter: Mapping[str, Parity] = field(default_factory=dict)
+    with_adapter: Mapping[str, Parity | TracedParity] = field(default_factory=dict)
     adapter_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -166,18 +178,25 @@ def plan_graph(drawn: Drawn, asked: Request, statistics: Statistics | None, prog
     refused: UnsupportedError | None = None
     if asked.task in (None, TEXT):
         try:
-            return plan_export(drawn.source, drawn.config, asked.scheme, asked.target, statistics, drawn.beside)
+            return plan_export(drawn.source, drawn.config, asked.chosen, asked.target, statistics, drawn.beside)
         except UnsupportedError as error:
+            if (drawn.beside.kept or drawn.beside.fixed) and _has_graph(drawn, asked):
+                raise  # it is the adapter that has no place: a graph without a past would be no way out
             refused = error
-    if drawn.beside.kept or drawn.beside.fixed:
-        raise refused or UnsupportedError(f"a graph for {asked.task} keeps no adapter beside it", hint="merge it: qlt export --adapter DIR --merge")
-    if statistics is not None:
-        raise UnsupportedError("traced graphs take no calibration", hint="leave --calib out") from refused
     from qlora_tools.verbs.export_traced import plan_any
 
     if refused is not None:
-        progress.note(f"this model is traced, for lack of a graph of its own: {refused}")
-    return plan_any(drawn.source, drawn.config, asked.scheme, asked.target, asked.task, progress)
+        progress.note(f"this model is traced, for lack of a graph of its own: {refused}{f' ({refused.hint})' if refused.hint else ''}")
+    return plan_any(drawn.source, drawn.config, asked.chosen, asked.target, asked.task, drawn.beside, statistics, progress)
+
+
+def _has_graph(drawn: Drawn, asked: Request) -> bool:
+    """Whether the model alone has a graph of its family's own."""
+    try:
+        plan_export(drawn.source, drawn.config, asked.chosen, asked.target)
+    except UnsupportedError:
+        return False
+    return True
 
 
 @contextmanager
@@ -200,7 +219,9 @@ def _write(planned: DecoderExport | Traced, drawn: Drawn, folder: Path, verify: 
         return _write_decoder(planned, drawn, folder, verify, progress)
     from qlora_tools.verbs.export_traced import write_any
 
-    return _Made(write_any(planned, drawn.source, folder, verify, progress))
+    gain, found = write_any(planned, drawn.source, folder, verify, progress)
+    sizes = {name: file_of(folder, name).stat().st_size for name in branches_of(planned).kept}
+    return _Made(found.get(None), gain, {name: parity for name, parity in found.items() if name is not None}, sizes)
 
 
 def _write_decoder(planned: DecoderExport, drawn: Drawn, folder: Path, verify: bool, progress: Progress) -> _Made:
@@ -215,28 +236,37 @@ def _write_decoder(planned: DecoderExport, drawn: Drawn, folder: Path, verify: b
     return _Made(alone, gain, dict(zip(sizes, others, strict=True)), sizes)
 
 
-def _manifest(planned: DecoderExport | Traced, drawn: Drawn, asked: Request, made: _Made, statistics: Statistics | None, *, merged: int) -> Manifest:
-    command: dict[str, Any] = {"verb": "export", "scheme": asked.scheme, "carried": planned.scheme.carried, "device": asked.target.provider, "merged": merged}
-    command |= {"compute": asked.target.compute, "standard": asked.target.standard}
+def _manifest(
+    planned: DecoderExport | Traced, drawn: Drawn, asked: Request, made: _Made, calibration: tuple[str | Path | None, Statistics | None], dest: Path
+) -> Manifest:
+    """Everything that :func:`~qlora_tools.verbs.verify.verify` needs to draw the same export again."""
+    command: dict[str, Any] = {"verb": "export", "scheme": asked.scheme, "carried": planned.scheme.carried, "device": asked.target.provider}
+    command |= {"compute": asked.target.compute, "standard": asked.target.standard, "target": drawn.target, "simulated": drawn.simulated}
+    command |= {"head_bits": asked.head_bits} if asked.head_bits is not None else {}
+    command |= {"adapters": {role: {"use": part.use, "weight": part.weight} for role, part in zip(drawn.roles, drawn.adapters, strict=True)}}
+    inputs, (calib, statistics) = drawn.inputs(dest), calibration
+    if calib is not None and str(calib) in (SELF, BUILTIN):
+        command |= {"calib": str(calib)}
+    elif calib is not None:
+        inputs["calibration"] = describe_calibration(Path(calib), dest)
     report: dict[str, Any] = {"parity": asdict(made.parity) if made.parity else None}
-    if isinstance(planned, DecoderExport):
-        command |= {"kept": sorted(planned.branches.kept), "fixed": len(drawn.beside.fixed)}
-        report |= {"adapters": {name: {"parity": asdict(found)} for name, found in made.with_adapter.items()}} if made.with_adapter else {}
-    else:
+    command |= {"kept": sorted(branches_of(planned).kept)}
+    report |= {"adapters": {name: {"parity": asdict(found)} for name, found in made.with_adapter.items()}} if made.with_adapter else {}
+    if not isinstance(planned, DecoderExport):
         command |= {"task": planned.task}
     if statistics is not None and made.calibration is not None:
         origin = statistics.origin
         report["calibration"] = {**asdict(made.calibration), "text": origin.text, "text_sha256": origin.text_sha256, "tokens": origin.tokens}
-    return Manifest("export", command, inputs=drawn.inputs, report=report)
+    return Manifest("export", command, inputs=inputs, report=report)
 
 
 def _result(planned: DecoderExport | Traced, drawn: Drawn, asked: Request, made: _Made, dest: Path, dry_run: bool, seconds: float) -> ExportResult:
-    branches = planned.branches if isinstance(planned, DecoderExport) else Branches()
+    branches = branches_of(planned)
     return ExportResult(
         output=dest,
         scheme=asked.scheme,
         carried=planned.scheme.carried,
-        note=planned.scheme.note if isinstance(planned, DecoderExport) else planned.note,
+        note=planned.note,
         device=asked.target.provider,
         compute=asked.target.compute,
         standard=asked.target.standard,
@@ -250,6 +280,12 @@ def _result(planned: DecoderExport | Traced, drawn: Drawn, asked: Request, made:
         residual=drawn.branch,
         seconds=seconds,
     )
+
+
+def branches_of(planned: DecoderExport | Traced) -> Branches:
+    """What stands beside the weights; a model of several graphs has nothing there."""
+    found: Branches = getattr(planned, "branches", Branches())
+    return found
 
 
 def _adapter(name: str, factors: Mapping[str, Factors], made: _Made) -> ExportedAdapter:

@@ -19,33 +19,63 @@ from qlora_tools.engine.plan import Source
 from qlora_tools.errors import UsageError
 from qlora_tools.export.decoder.branches import Beside
 from qlora_tools.export.onnx_adapter import adapter_names
-from qlora_tools.manifest import sha256_file
 from qlora_tools.progress import Progress
 from qlora_tools.verbs.merge_branch import branch_of
 from qlora_tools.verbs.merging import Merged, open_merged
-from qlora_tools.verbs.opening import describe_input, folder_name, open_model, plain_config
+from qlora_tools.verbs.opening import folder_name, open_model, plain_config
+from qlora_tools.verbs.origins import describe_adapter, describe_checkpoint
 from qlora_tools.verbs.quantize import codec_for
 
 Given = Sequence[tuple[str | Path, float]]
 
 
+#: What becomes of an adapter: its delta is in the weights, its factors are inputs of the graph, its factors are stored.
+MERGED, KEPT, FIXED = "merged", "kept", "fixed"
+
+
+@dataclass(frozen=True)
+class Part:
+    """An adapter of an export: ``use`` is one of the three above."""
+
+    folder: Path
+    weight: float
+    use: str
+
+
 @dataclass(frozen=True)
 class Drawn:
-    """The tensors, the config, the folder of the tokenizer, a name, and the inputs as a manifest names them. ``checkpoint``: itself, or the base.
-    ``branch``: the folder of the residual branch that came along unasked."""
+    """The tensors, the config and a name. ``checkpoint``: itself, or the base. ``target``, ``simulated``: of what is merged, as in
+    :class:`~qlora_tools.verbs.merging.Merged`. ``branch``: the folder of the residual branch that came along unasked."""
 
     source: Source
     checkpoint: LogicalCheckpoint
     config: Mapping[str, Any]
     name: str
-    folders: tuple[Path, ...]
-    inputs: Mapping[str, Mapping[str, str]]
+    adapters: tuple[Part, ...] = ()
     beside: Beside = field(default_factory=Beside)
+    target: str | None = None
+    simulated: str | None = None
     branch: Path | None = None
 
     @property
     def side_files(self) -> Path:
         return self.checkpoint.folder
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Everything that is read."""
+        return (self.checkpoint.folder, *(part.folder for part in self.adapters), *((self.branch,) if self.branch else ()))
+
+    def inputs(self, dest: Path) -> dict[str, dict[str, str]]:
+        """What the manifest of ``dest`` says about them: ``model``, or ``base`` and ``adapter``, ``adapter1``, ..., and ``branch``."""
+        found = {"base" if self.adapters else "model": describe_checkpoint(self.checkpoint, dest)}
+        found |= {role: describe_adapter(part.folder, dest) for role, part in zip(self.roles, self.adapters, strict=True)}
+        return found | ({"branch": describe_adapter(self.branch, dest)} if self.branch else {})
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The adapters' names in a manifest."""
+        return tuple(f"adapter{number or ''}" for number in range(len(self.adapters)))
 
 
 def open_drawn(
@@ -72,8 +102,7 @@ def open_drawn(
 
 
 def _alone(checkpoint: LogicalCheckpoint) -> Drawn:
-    name, inputs = folder_name(checkpoint.folder), {"model": describe_input(checkpoint)}
-    return Drawn(checkpoint, checkpoint, plain_config(checkpoint.config), name, (checkpoint.folder,), inputs)
+    return Drawn(checkpoint, checkpoint, plain_config(checkpoint.config), folder_name(checkpoint.folder))
 
 
 def _with_adapters(opened: Merged, merged: int, kept: int) -> Drawn:
@@ -85,15 +114,16 @@ def _with_adapters(opened: Merged, merged: int, kept: int) -> Drawn:
     names = adapter_names([folder_name(folder) for folder in folders[merged:last]])
     apart = [(bound_without_copies(adapter, checkpoint, checkpoint.ties), weight) for adapter, weight in opened.adapters[merged:]]
     beside = Beside(dict(zip(names, apart[:kept], strict=True)), apart[kept:])
-    return Drawn(source, checkpoint, into.config, into.name, (checkpoint.folder, *folders), opened.inputs(), beside)
+    uses = [MERGED] * merged + [KEPT] * kept + [FIXED] * (len(folders) - last)
+    parts = tuple(Part(folder, weight, use) for folder, (_, weight), use in zip(folders, opened.adapters, uses, strict=True))
+    codec = opened.simulated.name if opened.simulated else None
+    return Drawn(source, checkpoint, into.config, into.name, parts, beside, opened.target, codec)
 
 
 def _with_residual(drawn: Drawn) -> Drawn:
     folder = branch_of(drawn.checkpoint)
-    if folder is None or folder in drawn.folders:
+    if folder is None or folder.resolve() in {part.folder.resolve() for part in drawn.adapters}:
         return drawn
     adapter = read_adapter(folder, drawn.checkpoint.specs, drawn.checkpoint.family, ties=drawn.checkpoint.ties)
     MergedSource(drawn.checkpoint, [(adapter, 1.0)], fingerprint=base_fingerprint(drawn.checkpoint))  # refuses a branch of other weights
-    inputs = {**drawn.inputs, "branch": {"name": folder_name(folder), "sha256": sha256_file(folder / "adapter_model.safetensors")}}
-    beside = Beside(drawn.beside.kept, (*drawn.beside.fixed, (adapter, 1.0)))
-    return replace(drawn, folders=(*drawn.folders, folder), inputs=inputs, beside=beside, branch=folder)
+    return replace(drawn, beside=Beside(drawn.beside.kept, (*drawn.beside.fixed, (adapter, 1.0))), branch=folder)

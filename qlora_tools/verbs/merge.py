@@ -266,7 +266,7 @@ def _save(
         }
         command |= {"calib": Path(config.calib).name} if config.calib is not None else {}
         command |= {"heal": config.heal.record()} if config.heal is not None else {}
-        return Manifest("checkpoint", command, inputs=merged.inputs(), report={**_report(sums), **({"healed": asdict(healed)} if healed else {})})
+        return Manifest("checkpoint", command, inputs=merged.inputs(dest), report={**_report(sums), **({"healed": asdict(healed)} if healed else {})})
 
     with _statistics(ready, config, dest, device, progress) as stats:
         sources: dict[str, Source] = {"model": merged.source, "base": merged.base, **ready.sources}

@@ -21,7 +21,7 @@ from qlora_tools.adapters.peft_files import read_adapter
 from qlora_tools.checkpoint.logical import LogicalCheckpoint
 from qlora_tools.engine.plan import Source
 from qlora_tools.errors import MissingError, UsageError
-from qlora_tools.manifest import read_manifest, sha256_file
+from qlora_tools.manifest import read_manifest
 from qlora_tools.progress import Progress
 from qlora_tools.quant.codec import Codec
 from qlora_tools.quant.int8 import Int8
@@ -29,6 +29,7 @@ from qlora_tools.quant.nf4 import NF4
 from qlora_tools.specs import TensorSpec, spec_of
 from qlora_tools.stages.quantize import quantized_names, stored_spec
 from qlora_tools.verbs.opening import folder_name, open_model, plain_config
+from qlora_tools.verbs.origins import describe_adapter, describe_checkpoint
 
 TARGETS = ("original", "trained")
 _CODECS: Mapping[str, Codec] = {"nf4": NF4(), "int8": Int8()}
@@ -66,12 +67,10 @@ class Merged:
                 config["vocab_size"] = spec.shape[0]
         return config
 
-    def inputs(self) -> dict[str, dict[str, str]]:
-        """What a manifest says about base and adapters."""
-        described = {"base": {"name": folder_name(self.checkpoint.folder), "headers_sha256": self.checkpoint.stored.headers_sha256()}}
-        for number, folder in enumerate(self.adapter_folders):
-            described[f"adapter{number or ''}"] = {"name": folder_name(folder), "sha256": sha256_file(folder / "adapter_model.safetensors")}
-        return described
+    def inputs(self, dest: Path) -> dict[str, dict[str, str]]:
+        """What the manifest of ``dest`` says about base and adapters."""
+        adapters = {f"adapter{number or ''}": describe_adapter(folder, dest) for number, folder in enumerate(self.adapter_folders)}
+        return {"base": describe_checkpoint(self.checkpoint, dest), **adapters}
 
 
 def open_merged(

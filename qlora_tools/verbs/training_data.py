@@ -9,11 +9,12 @@ from typing import Any
 
 from qlora_tools.checkpoint.logical import LogicalCheckpoint
 from qlora_tools.errors import IncompatibleError, UsageError
+from qlora_tools.live.images import read_preparation
 from qlora_tools.live.tokenizer import open_tokenizer
 from qlora_tools.progress import Progress
 from qlora_tools.training.config import TrainConfig
 from qlora_tools.training.examples import Records, read_records
-from qlora_tools.training.images import ImageRecords, ImageRows, read_images, read_preparation
+from qlora_tools.training.images import ImageRecords, ImageRows, read_images
 from qlora_tools.training.masks import Encoded, EncodeReport, encode, encode_labelled, preview
 from qlora_tools.training.rows import LabelledRows, LanguageRows, Rows, pad_id_of, split
 
@@ -42,9 +43,9 @@ def prepare(checkpoint: LogicalCheckpoint, data: Path, val: Path | None, config:
         base do not belong together.
     """
     config = replace(config, max_len=_context(checkpoint, config, progress))
-    records = _open(data)
+    records = open_examples(data)
     task = _task(config, records)
-    held = _open(val) if val is not None else None
+    held = open_examples(val) if val is not None else None
     if held is not None and _task(config, held) != task:
         raise UsageError(f"{val} holds data of another task than {data}", hint="give both in the same form")
     if held is None and config.val_share:
@@ -57,7 +58,8 @@ def prepare(checkpoint: LogicalCheckpoint, data: Path, val: Path | None, config:
     return _language(records, held, tokenizer, config, progress)
 
 
-def _open(path: Path) -> Any:
+def open_examples(path: Path) -> Any:
+    """Records of a file or a datasets folder, or images in folders of their classes."""
     if path.is_dir() and not any((path / mark).exists() for mark in _DATASET_MARKS):
         return read_images(path)
     return read_records(path)

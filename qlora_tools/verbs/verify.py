@@ -1,8 +1,8 @@
 """``qlt verify``: a finished export held against its checkpoint once more, from what lies in the two folders alone.
 
-Four questions, each answered by name. Are the files those that were sealed? Is every stored weight what this checkpoint encodes to, adapters
-included? Is the graph the one that is drawn for it? Does it compute the same, over a prompt and single steps? The manifest says how the export was made;
-the checkpoint and the adapters are given again, and what the manifest knows of them helps to say what is wrong.
+Five questions, each answered by name. Are the files those that were sealed? Are the inputs what they were? Is every stored weight what this checkpoint
+encodes to, adapters included? Is the graph the one that is drawn for it? Does it compute the same, over a prompt and single steps? The manifest says how
+the export was made and of what (:mod:`qlora_tools.verbs.recall`); inputs that are elsewhere by now, or others, can be given.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 from qlora_tools.checkpoint.statistics import Statistics
 from qlora_tools.engine.plan import Plan, Source
 from qlora_tools.engine.run import run
-from qlora_tools.errors import CheckFailed, MissingError, UsageError
+from qlora_tools.errors import CheckFailed, IncompatibleError, MissingError, UsageError
+from qlora_tools.export.calibrated import STATISTICS
 from qlora_tools.export.comparison import Compared, Decode, comparing
 from qlora_tools.export.decoder.export import DecoderExport
 from qlora_tools.export.decoder.graph import DATA_FILE
-from qlora_tools.export.decoder.weights import MODEL, STATISTICS
+from qlora_tools.export.decoder.weights import MODEL
 from qlora_tools.export.external import place
 from qlora_tools.export.schemes import target_for
 from qlora_tools.manifest import FILE_NAME, Manifest, read_manifest, sha256_file
@@ -29,14 +30,14 @@ from qlora_tools.names import shortened
 from qlora_tools.progress import SILENT, Progress
 from qlora_tools.verbs.doctor import Check
 from qlora_tools.verbs.export import Request, plan_graph
-from qlora_tools.verbs.exporting import Drawn, Given, open_drawn
-from qlora_tools.verbs.merging import adapter_folder
-from qlora_tools.verbs.opening import folder_name
+from qlora_tools.verbs.exporting import FIXED, KEPT, MERGED, Drawn, Given, open_drawn
+from qlora_tools.verbs.recall import Recalled, check_inputs, recall
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from qlora_tools.export.decoder.parity import Parity
+    from qlora_tools.export.formats.format import WeightFormat
     from qlora_tools.export.traced.parity import TracedParity
     from qlora_tools.verbs.export_traced import Traced
 
@@ -46,12 +47,14 @@ _MAX_WINDOWS = 16
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """``weights``: checkpoint tensors compared with the data file; ``differing``: those that are not in it as they should be. ``parity`` is ``None``
+    """``against``, ``adapters``: what it was held against, as given or as found. ``weights``: checkpoint tensors compared with the data file; ``differing``: those that are not in it as they should be. ``parity`` is ``None``
     where nothing could be run, or the graph was too far off; ``checks`` has the words."""
 
     export: Path
     against: str
+    adapters: tuple[str, ...]
     scheme: str
+    dry_run: bool
     checks: tuple[Check, ...]
     weights: int
     differing: tuple[str, ...]
@@ -65,31 +68,41 @@ class VerifyResult:
 def verify(
     *,
     export: Path,
-    against: str | Path,
+    against: str | Path | None = None,
     adapters: Given = (),
     target: str | None = None,
     calib: str | Path | None = None,
     text: Path | None = None,
+    dry_run: bool = False,
     progress: Progress = SILENT,
 ) -> VerifyResult:
-    """Hold the folder ``export`` against the checkpoint ``against`` with ``adapters``, which are told apart (merged, kept, fixed) by the manifest.
+    """Hold the folder ``export`` against what its manifest says it was made of, or against the checkpoint ``against``.
 
-    ``calib``: the statistics or the text that the export was calibrated with; without it, calibrated weights are held to a distance instead of bit for bit.
-    ``text``: UTF-8 text to run, through the whole model; without it, random tokens through its first layers where it is large.
+    ``adapters``: others than the manifest's, or the same from another place; they are told apart (merged, kept, fixed) by their hashes. With another checkpoint
+    than the manifest's only what is given counts. ``target``: default, the manifest's. ``calib``: the statistics or the text that the export was calibrated
+    with, where its statistics are not found; without, calibrated weights are held to a distance instead of bit for bit. ``text``: UTF-8 text to run,
+    through the whole model; without it, random tokens through its first layers where it is large. A dry run finds the inputs and reads no more.
 
     Raises:
-        MissingError: no export of ours there. UsageError: the folder holds something else. What opening the checkpoint and its adapters raises. A failed
-        check is no exception: see ``checks``.
+        MissingError: no export of ours there, or inputs that are not where they were. UsageError: the folder holds something else. What opening the checkpoint
+        and its adapters raises. A failed check is no exception: see ``checks``.
     """
     manifest = manifest_of(export)
-    roles = tell_apart(manifest, adapters)
-    alone = not (roles.merge or roles.keep or roles.fixed)
-    drawn = open_drawn(
-        against if alone else None, None if alone else against, roles.merge, roles.keep, roles.fixed, target, "branch" in manifest.inputs, progress
-    )
-    checks = [check_files(export, manifest, progress), check_inputs(manifest, drawn, roles)]
+    found = recall(manifest, export, against, adapters, progress)
+    named = str(found.checkpoint), tuple(str(path) for path, _ in found.adapters)
+    scheme = str(manifest.command.get("scheme"))
+    if dry_run:
+        return VerifyResult(export, *named, scheme, True, (), 0, (), None)
+    checks = [check_files(export, manifest, progress), check_inputs(manifest, found)]
     damaged = checks[0].status == "fail"  # then a single bit is worth a name
-    with _statistics(drawn, calib, progress) as statistics:
+    try:
+        drawn = draw_again(manifest, found, target, progress)
+    except IncompatibleError as error:
+        if not found.changed:
+            raise
+        checks += [Check("weights", "fail", str(error), error.hint)]
+        return VerifyResult(export, *named, scheme, False, tuple(checks), 0, (), None)
+    with _statistics(drawn, calib or found.statistics, progress) as statistics:
         planned = plan_graph(drawn, request_of(manifest), statistics, progress)
         compared, wrong = list[Compared](), list[Compared]()
         parity: Parity | TracedParity | None = None
@@ -100,12 +113,12 @@ def verify(
             blind = "calibration" in manifest.report and statistics is None
             compared = compare_weights(planned, drawn.source, statistics, export, blind=blind, progress=progress)
             wrong = [item for item in compared if not item.equal or (damaged and item.differing)]
-            checks += check_weights(compared, wrong, roles.missing)
+            checks += check_weights(compared, wrong, found.missing)
             checks += check_graph(planned, export)
             parity, more = check_computation(planned, drawn, export, text, progress)
             checks += more
     differing = tuple(item.label for item in wrong)
-    return VerifyResult(export, str(against), str(manifest.command.get("scheme")), tuple(checks), len(compared), differing, parity)
+    return VerifyResult(export, *named, scheme, False, tuple(checks), len(compared), differing, parity)
 
 
 def manifest_of(folder: Path) -> Manifest:
@@ -127,37 +140,16 @@ def request_of(manifest: Manifest) -> Request:
     command = manifest.command
     scheme, provider = str(command["scheme"]), str(command.get("device", "cpu"))
     target = target_for(scheme, provider, compute=command.get("compute"), standard=bool(command.get("standard", False)))
-    return Request(scheme, target, command.get("task"))
+    return Request(scheme, target, command.get("task"), command.get("head_bits"))
 
 
-@dataclass(frozen=True)
-class Roles:
-    """The given adapters as the manifest knows them. ``missing``: those it names that were not given; ``strange``: given ones that it does not name."""
-
-    merge: Given
-    keep: Given
-    fixed: Given
-    missing: tuple[str, ...]
-    strange: tuple[str, ...]
-
-
-def tell_apart(manifest: Manifest, adapters: Given) -> Roles:
-    """Match adapters with the manifest's by the hash of their weights. What it does not name is taken as merged."""
-    known = {name: entry for name, entry in manifest.inputs.items() if name.startswith("adapter")}
-    merged, kept = int(manifest.command.get("merged", 0)), len(manifest.command.get("kept", ()))
-    given = [(sha256_file(adapter_folder(path) / "adapter_model.safetensors"), path, weight) for path, weight in adapters]
-    sorted_out: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
-    missing = []
-    for position, entry in enumerate(known.values()):
-        found = next((item for item in given if item[0] == entry.get("sha256")), None)
-        if found is None:
-            missing.append(f"`{entry.get('name')}`{' (kept)' if merged <= position < merged + kept else ''}")
-            continue
-        given.remove(found)
-        sorted_out[0 if position < merged else 1 if position < merged + kept else 2].append(found[1:])
-    strange = tuple(folder_name(Path(path)) for _, path, _ in given)
-    sorted_out[0].extend(item[1:] for item in given)
-    return Roles(*sorted_out, tuple(missing), strange)
+def draw_again(manifest: Manifest, found: Recalled, target: str | None, progress: Progress) -> Drawn:
+    """The same inputs in the same parts. Which target merging had is the manifest's to say while the checkpoint is its own."""
+    lists: list[Given] = [found.of(use) for use in (MERGED, KEPT, FIXED)]
+    alone = not any(lists)
+    target = target or (manifest.command.get("target") if found.original else None)
+    model, base = (found.checkpoint, None) if alone else (None, found.checkpoint)
+    return open_drawn(model, base, lists[0], lists[1], lists[2], target, "branch" in manifest.inputs, progress)
 
 
 def check_files(folder: Path, manifest: Manifest, progress: Progress) -> Check:
@@ -176,23 +168,6 @@ def check_files(folder: Path, manifest: Manifest, progress: Progress) -> Check:
     if wrong:
         return Check("files", "fail", "; ".join(wrong), "the folder was changed after it was made: export again, or copy it again")
     return Check("files", "ok", f"{len(manifest.files)} files as they were sealed")
-
-
-def check_inputs(manifest: Manifest, drawn: Drawn, roles: Roles) -> Check:
-    """What the manifest was made of beside what was given. Never a failure by itself: a merged checkpoint stands for its base and adapter as well."""
-    role = next((name for name in ("model", "base") if name in manifest.inputs), None)
-    recorded = manifest.inputs[role] if role else {}
-    given = next(drawn.inputs[name] for name in ("model", "base") if name in drawn.inputs)
-    notes = []
-    if recorded.get("headers_sha256") != given.get("headers_sha256"):
-        notes.append(f"the export was made of `{recorded.get('name')}`, whose tensors have other names, shapes or dtypes than those of `{given['name']}`")
-    elif recorded.get("name") != given.get("name"):
-        notes.append(f"the export was made of `{recorded.get('name')}`, given was `{given['name']}`")
-    notes += [f"adapter {name} is part of the export and was not given" for name in roles.missing]
-    notes += [f"adapter `{name}` was given and is not part of the export" for name in roles.strange]
-    if notes:
-        return Check("inputs", "warn", "; ".join(notes), "give the checkpoint and the adapters that it was made of, with their weights")
-    return Check("inputs", "ok", ", ".join(f"{name} `{entry.get('name')}`" for name, entry in drawn.inputs.items()))
 
 
 def _statistics(drawn: Drawn, calib: str | Path | None, progress: Progress) -> Any:
@@ -227,23 +202,33 @@ def compare_weights(
 ) -> list[Compared]:
     """Every unit of the plan against the data file. ``blind``: codes were chosen by calibration, and its statistics are not at hand."""
     sources: dict[str, Source] = {MODEL: source} | ({STATISTICS: statistics} if statistics is not None else {})
-    decoders = _decoders(planned) if blind and isinstance(planned, DecoderExport) else None
+    decoders = _decoders(planned) if blind else None
     found: list[Compared] = []
     for name, plan in _data_plans(planned).items():
         found += run(comparing(plan, folder / name, decoders), sources, title="compare weights", progress=progress)
     return found
 
 
-def _decoders(planned: DecoderExport) -> dict[str, Decode]:
+def _decoders(planned: DecoderExport | Traced) -> dict[str, Decode]:
     """Stored part -> what decodes the parts of its matrix; biases are plain."""
     found: dict[str, Decode] = {}
-    for matrix in planned.layout.matrices():
+    for name, form, rows, columns in _formed(planned):
 
-        def decode(parts: Mapping[str, Any], matrix: Any = matrix) -> Any:
-            return matrix.format.decode(matrix.name, parts, matrix.columns, looked_up=False)
+        def decode(parts: Mapping[str, Any], name: str = name, form: WeightFormat = form, columns: int = columns) -> Any:
+            return form.decode(name, parts, columns, looked_up=False)
 
-        found |= {spec.name: decode for spec in matrix.format.parts(matrix.name, matrix.total_rows, matrix.columns)}
+        found |= {spec.name: decode for spec in form.parts(name, rows, columns)}
     return found
+
+
+def _formed(planned: DecoderExport | Traced) -> Iterator[tuple[str, WeightFormat, int, int]]:
+    """(name, format, rows, columns) of every stored matrix."""
+    if isinstance(planned, DecoderExport):
+        yield from ((matrix.name, matrix.format, matrix.total_rows, matrix.columns) for matrix in planned.layout.matrices())
+    elif hasattr(planned, "weights"):
+        for weight in dict.fromkeys(planned.weights.values()):
+            if weight.form is not None:
+                yield weight.name, weight.form, weight.rows, weight.columns
 
 
 def check_weights(compared: Sequence[Compared], wrong: Sequence[Compared], missing: Sequence[str]) -> Iterator[Check]:
@@ -288,28 +273,26 @@ def check_computation(
 ) -> tuple[Parity | TracedParity | None, list[Check]]:
     """The parity checks of an export, with the weights that the file carries, and once more with every kept adapter."""
     try:
-        if not isinstance(planned, DecoderExport):
-            traced = _check_traced(planned, drawn.source, folder, progress)
-            return traced, [Check("computation", "ok", traced.summary)]
-        from qlora_tools.export.decoder.parity import check_parity
-
-        ids_BT = None if text is None else _windows(folder, text)
-        names: list[str | None] = [None, *planned.branches.kept]
-        found = [check_parity(planned, drawn.source, drawn.config, folder, adapter=name, ids_BT=ids_BT, from_file=True, progress=progress) for name in names]
+        found = dict(_parities(planned, drawn, folder, text, progress))
     except CheckFailed as error:
         return None, [Check("computation", "fail", str(error))]
-    labels = [f"computation with {name}" if name else "computation" for name in names]
-    return found[0], [Check(label, "ok", parity.summary) for label, parity in zip(labels, found, strict=True)]
+    return found[None], [Check(f"computation with {name}" if name else "computation", "ok", parity.summary) for name, parity in found.items()]
 
 
-def _check_traced(planned: Traced, source: Source, folder: Path, progress: Progress) -> TracedParity:
-    from qlora_tools.export.traced.halves import HalvesExport, check_halves
-    from qlora_tools.export.traced.parity import check_traced
+def _parities(
+    planned: DecoderExport | Traced, drawn: Drawn, folder: Path, text: Path | None, progress: Progress
+) -> Iterator[tuple[str | None, Parity | TracedParity]]:
+    """What was found alone (``None``), and with each kept adapter."""
+    if not isinstance(planned, DecoderExport):
+        from qlora_tools.verbs.export_traced import check_any
 
-    if isinstance(planned, HalvesExport):
-        halves: TracedParity = check_halves(planned, source, folder, progress=progress)
-        return halves
-    return check_traced(planned, source, folder, progress=progress)
+        yield from check_any(planned, drawn.source, folder, progress, from_file=True).items()
+        return
+    from qlora_tools.export.decoder.parity import check_parity
+
+    ids_BT = None if text is None else _windows(folder, text)
+    for name in (None, *planned.branches.kept):
+        yield name, check_parity(planned, drawn.source, drawn.config, folder, adapter=name, ids_BT=ids_BT, from_file=True, progress=progress)
 
 
 def _windows(folder: Path, text: Path) -> NDArray[Any]:

@@ -104,7 +104,7 @@ def test_targets_are_those_of_peft(options: dict[str, Any]) -> None:
         ({"arrow_config": {"top_k": 1}}, "arrow_config"),
         ({"layer_replication": [[0, 4], [2, 5]]}, "layer_replication"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
-        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters"),
+        ({"target_parameters": ["mlp.experts.gate_up_proj", "x"]}, r"`target_parameters` is set \(mlp\.experts\.gate_up_proj, x\)"),
         ({"monteclora_config": {"a": 1}}, "monteclora_config"),
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),

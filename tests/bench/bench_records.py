@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from qlora_tools.bench.record import Attempt, BenchRecord, Case, Layer, Quality, Row, Setting, Workload
-from qlora_tools.bench.run import summarise_row
+from qlora_tools.bench.rows import summarise_row
 
 
 def attempt(number, step_s, steps=64, repeats=5):

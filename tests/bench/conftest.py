@@ -12,6 +12,6 @@ def _load(name):
     spec.loader.exec_module(module)
 
 
-for _name in ("fake_engine", "bench_records"):  # beside the tests; importlib mode puts no folder on the path
+for _name in ("fake_engine", "fake_device", "bench_records", "page_records"):  # beside the tests; importlib mode puts no folder on the path
     if _name not in sys.modules:
         _load(_name)

@@ -1,6 +1,7 @@
 """Engines for the worker processes of the tests: a table of logits, and ways to fail."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -70,6 +71,15 @@ def crash(*, threads):
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
+def killed(*, threads):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def bounded(*, threads):
+    resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+    np.ones(4 << 30, np.uint8)
+
+
 def exits(*, threads):
     sys.stderr.write("gone early\n")
     sys.stderr.flush()
@@ -82,6 +92,49 @@ def hang(*, threads, pid_file):
     with open(pid_file, "w") as stream:  # noqa: PTH123
         stream.write(f"{os.getpid()} {child.pid}")
     time.sleep(600)
+
+
+class FailsAt(TableEngine):
+    """Works, but not on ``batch`` sequences."""
+
+    def __init__(self, batch, how):
+        super().__init__()
+        self.batch, self.how = batch, how
+
+    def prefill(self, ids_BT):
+        if len(ids_BT) == self.batch:
+            if self.how == "memory":
+                resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+                np.ones(4 << 30, np.uint8)
+            elif self.how == "time":
+                time.sleep(600)
+            else:
+                os.kill(os.getpid(), getattr(signal, self.how))
+        return super().prefill(ids_BT)
+
+
+def fails_at(*, threads, batch, how):
+    return FailsAt(batch, how)
+
+
+class OnceEngine:
+    """Looks once: no tokens, no past."""
+
+    def feed(self, case, seed, given=None):
+        return np.random.default_rng(seed).standard_normal((case["batch"], 4))
+
+    def forward(self, feed):
+        self.outputs = feed * 2
+
+    def info(self):
+        return {"work": "forward", "prompt": "ignored", "weights_bytes": 16}
+
+    def close(self):
+        pass
+
+
+def looks_once(*, threads):
+    return OnceEngine()
 
 
 def fails_once(*, threads, flag_file):

@@ -1,10 +1,15 @@
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from qlora_tools.bench.hf_engine import load, stored_bytes
-from qlora_tools.errors import MissingError, UsageError
+from qlora_tools.bench.hf_engine import load, loading_words, stored_bytes
+from qlora_tools.errors import CorruptError, MissingError, UsageError
 
 IDS = np.random.default_rng(0).integers(0, 96, (2, 12))
 
@@ -71,9 +76,108 @@ def test_a_bitsandbytes_folder_is_loaded_by_its_own_config(folder, engine, tmp_p
     assert linear / 2 < stored_bytes(quantized._model) - dense < 0.75 * linear
 
 
+LINEAR = [64 * 64, 32 * 64, 32 * 64, 64 * 64, 128 * 64, 128 * 64, 64 * 128] * 2
+
+
+def nf4_bytes(count):
+    """Codes, 8-bit scales of 64 each, fp32 scales of 256 of those each, and the tables (16 and 256 fp32, one offset) that every weight has its own of."""
+    scales = math.ceil(count / 64)
+    return count // 2 + scales + 4 * math.ceil(scales / 256) + 4 * (16 + 256 + 1)
+
+
+@pytest.mark.parametrize(
+    ("quantize", "expected", "bound"),
+    [("nf4", sum(map(nf4_bytes, LINEAR)), 1.0), ("int8", sum(LINEAR) + 4 * 2 * (64 + 32 + 32 + 64 + 128 + 128 + 64), 0.1)],
+)
+def test_a_dense_folder_is_quantized_while_it_is_loaded(folder, engine, quantize, expected, bound):
+    quantized = load(folder, threads=1, dtype="fp32", quantize=quantize)
+    if quantize == "nf4":
+        assert quantized._model.model.layers[0].mlp.up_proj.compute_dtype == torch.float32
+    facts = quantized.info()
+    dense = engine.info()["weights_bytes"] - 4 * sum(LINEAR)
+    assert facts["quantization"] == "bitsandbytes" and facts["weights_bytes"] == dense + expected
+    difference = (quantized.score(IDS) - engine.score(IDS)).abs().max()
+    assert 0 < difference < bound
+    assert torch.isfinite(quantized.prefill(IDS[:, :9])).all() and torch.isfinite(quantized.decode(IDS[:, 9])).all()
+    if quantize == "int8":  # its scales move with the first use
+        assert quantized.info()["weights_bytes"] == facts["weights_bytes"]
+
+
+def test_nf4_on_the_way_in_is_what_a_converted_folder_holds(folder, tmp_path):
+    setting = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    AutoModelForCausalLM.from_pretrained(folder, quantization_config=setting, dtype="auto").save_pretrained(tmp_path)
+    on_the_way = load(folder, threads=1, quantize="nf4")
+    assert on_the_way.info()["dtype"] == "bfloat16" and on_the_way._model.model.layers[0].mlp.up_proj.compute_dtype == torch.bfloat16
+    assert torch.equal(on_the_way.score(IDS), load(str(tmp_path), threads=1).score(IDS))
+    with pytest.raises(UsageError, match="quantized already"):
+        load(str(tmp_path), threads=1, quantize="int8")
+
+
+def test_eight_bit_products_do_not_write_while_they_are_timed(folder, caplog):
+    load(folder, threads=1, quantize="int8").score(IDS)
+    assert "inputs will be cast" not in caplog.text
+
+
+def test_a_device_or_limit_that_torch_cannot_give_is_refused_before_loading(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match="finds no CUDA device"):
+        load(folder, threads=1, device="cuda")
+    with pytest.raises(UsageError, match="memory_limit is 9 bytes on device `cpu`"):
+        load(folder, threads=1, memory_limit=9)
+
+
+@pytest.mark.parametrize(("device", "number"), [("cuda", 0), ("cuda:1", 1)])
+def test_a_limit_is_the_share_of_the_device_that_torch_is_told(folder, monkeypatch, device, number):
+    told = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=400))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *words: told.append(words))
+    for limit in (100, 900):
+        loading_words(folder, threads=1, dtype="fp32", device=device, memory_limit=limit)
+    assert told == [(0.25, number), (1.0, number)]
+
+
+def test_a_dtype_that_is_none_is_named(folder, tmp_path):
+    config = json.loads(Path(folder, "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": "load"}))
+    with pytest.raises(CorruptError, match="says dtype 'load'"):
+        load(str(tmp_path), threads=1, quantize="nf4")
+
+
+def test_modes_of_memory_change_nothing(folder, engine):
+    assert torch.equal(load(folder, threads=1, dtype="fp32", memory="deployed").score(IDS), engine.score(IDS))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantize", [None, "nf4", "int8"])
+def test_a_gpu_continues_what_it_scores_and_gives_logits_on_the_host(folder, quantize):
+    engine = load(folder, threads=1, dtype="fp16", device="cuda", quantize=quantize)
+    whole, first = engine.score(IDS), engine.prefill(IDS[:, :9])
+    assert whole.device.type == first.device.type == "cpu" and engine.info()["device"] == "cuda:0"
+    for t, logits in zip(range(8, 12), [first, *(engine.decode(IDS[:, t]) for t in range(9, 12))], strict=True):
+        assert torch.allclose(logits.float(), whole[:, t].float(), atol=5e-2)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_nothing_is_left_to_do_once_loading_returned(folder):
+    load(folder, threads=1, device="cuda")
+    assert torch.cuda.current_stream().query()
+
+
+@pytest.mark.gpu
+def test_a_limit_of_torch_is_kept(folder):
+    with pytest.raises(torch.OutOfMemoryError):
+        load(folder, threads=1, dtype="fp32", device="cuda", memory_limit=4096)
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
 def test_wrong_words_are_refused_before_loading(folder, tmp_path):
     with pytest.raises(UsageError, match="dtype 'int3'"):
         load(folder, threads=1, dtype="int3")
+    with pytest.raises(UsageError, match="quantize 'int4': expected one of nf4, int8"):
+        load(folder, threads=1, quantize="int4")
+    with pytest.raises(UsageError, match="memory 'tight'"):
+        load(folder, threads=1, memory="tight")
     with pytest.raises(MissingError, match=r"config\.json"):
         load(str(tmp_path), threads=1)
     with pytest.raises(UsageError, match="decode before prefill"):

@@ -49,6 +49,8 @@ def test_the_peak_is_the_childs_own_and_loading_is_told_from_running():
         ("unsupported", "unsupported", "no kernel for this"),
         ("crash", "error", "the process died of SIGSEGV"),
         ("exits", "error", "ended with code 7 and left no result: gone early"),
+        ("killed", "error", "the process died of SIGKILL"),
+        ("bounded", "oom", "Unable to allocate"),
         ("no_such_factory", "error", "has no `no_such_factory`"),
     ],
 )

@@ -3,7 +3,7 @@ import json
 import pytest
 from bench_records import make_record
 
-from qlora_tools.bench.record import Quality, parse_record, read_record
+from qlora_tools.bench.record import Quality, at_most, parse_record, read_record, same
 from qlora_tools.errors import CorruptError, MissingError
 
 
@@ -68,3 +68,10 @@ def test_a_folder_stands_for_its_bench_json(tmp_path):
             raise MissingError(f"{error} {error.hint}") from None
     (tmp_path / "bench.json").write_bytes(make_record().to_json())
     assert read_record(tmp_path).title == "A <title>"
+
+
+def test_an_identity_holds_breaks_or_is_not_known():
+    assert [at_most("x", left, 100).held for left in (99, 100, 101, None)] == [True, True, False, None]
+    assert [at_most("x", left, 100, 0.02).held for left in (102, 103)] == [True, False]
+    assert [same("x", left, 100, 0.05).held for left in (95, 94, 105, 106, None)] == [True, False, True, False, None]
+    assert (at_most("x", 1, 2).within, same("x", 1, 2, 0.05).within) == (None, 0.05)

@@ -2,12 +2,19 @@ from pathlib import Path
 
 import pytest
 
+from qlora_tools.bench import run
+from qlora_tools.bench.attempts import QualityTask
 from qlora_tools.bench.record import Attempt, Case, Setting, Workload
-from qlora_tools.bench.run import QualityTask, run_bench, summarise_memory, summarise_row, weight_file_bytes
+from qlora_tools.bench.rows import summarise_memory, summarise_row, weight_file_bytes
 from qlora_tools.errors import UsageError
 
 ENVIRONMENT = {"PYTHONPATH": str(Path(__file__).parent)}
 WORK = Workload((Case(4, 4),), repeats=2, warmup=1, most_warmup=3)
+
+
+def run_bench(*args, **options):
+    """Without second attempts: the machine that runs the tests may be busy."""
+    return run.run_bench(*args, **{"stall_limit": 1.0, **options})
 
 
 def setting(name, engine="load", **options):
@@ -42,16 +49,25 @@ def test_a_setting_that_fails_in_one_round_keeps_the_others_and_says_so(tmp_path
     assert row.load.n == 1
 
 
-def test_rounds_are_interleaved_and_start_one_further_along(monkeypatch):
-    order = []
+def test_a_busy_machine_is_noted_and_what_it_disturbed_taken_once_more(monkeypatch):
+    calls = []
 
     def fake(config, *, timeout_s, environment):
-        order.append(config["options"]["tag"])
-        return {"status": "error", "reason": "x", "wall_s": 0.0, "cpu_s": None, "cpu_stall": None}
+        calls.append(config["options"]["tag"])
+        stall = 0.9 if calls[-1] == "b" else 0.3 if calls[-1] == "c" and len(calls) == 3 else 0.0
+        return {"status": "ok", "reason": None, "wall_s": 0.0, "cpu_s": None, "cpu_stall": stall}
 
-    monkeypatch.setattr("qlora_tools.bench.run.run_worker", fake)
-    run_bench([setting(name, tag=name) for name in "abc"], WORK, rounds=3)
-    assert "".join(order) == "abc" + "bca" + "cab"
+    monkeypatch.setattr("qlora_tools.bench.attempts.run_worker", fake)
+    record = run_bench([setting(name, tag=name) for name in "abc"], WORK, rounds=2, stall_limit=0.2)
+    assert "".join(calls) == "abcbc" + "cbab"
+    assert record.stall_limit == 0.2
+    assert record.notes[0] == "3 attempts were made again since the machine was busy; both are kept, and the calmer counts."
+    assert "more than 20% of the time beside b" in record.notes[1]
+
+
+def test_a_model_that_looks_once_is_timed_as_one_forward():
+    row = run_bench([setting("once", "looks_once")], WORK, rounds=1).row("once")
+    assert (row.status, row.prefill.n, row.decode, row.unknown["decode"]) == ("ok", 2, None, "this model looks once")
 
 
 def test_the_record_names_no_folder(monkeypatch, tmp_path):
@@ -59,7 +75,7 @@ def test_the_record_names_no_folder(monkeypatch, tmp_path):
     (tmp_path / "secret" / "model" / "m.onnx").write_bytes(b"123")
     path = str(tmp_path / "secret" / "model")
     outcome = {"status": "error", "reason": f"{path} holds no graph", "wall_s": 0.0, "cpu_s": None, "cpu_stall": None}
-    monkeypatch.setattr("qlora_tools.bench.run.run_worker", lambda *a, **k: outcome)
+    monkeypatch.setattr("qlora_tools.bench.attempts.run_worker", lambda *a, **k: outcome)
     record = run_bench([Setting("a", "x:y", {"folder": path, "n": 3}, path=path)], WORK, rounds=1)
     assert b"secret" not in record.to_json()
     assert record.settings[0].options == {"folder": "model", "n": 3}

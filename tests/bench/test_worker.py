@@ -6,6 +6,7 @@ import pytest
 
 from qlora_tools.bench import worker
 from qlora_tools.bench.record import Case, Workload
+from qlora_tools.errors import UsageError
 
 
 def test_every_setting_is_fed_the_same_tokens():
@@ -27,7 +28,7 @@ def test_given_tokens_are_repeated_to_the_length_asked_for():
 def test_a_run_has_one_decode_step_fewer_than_new_tokens_and_starts_afresh():
     engine = fake_engine.TableEngine()
     work = Workload(repeats=2, warmup=3, most_warmup=3).job(Case(5, 6))
-    found = worker.measure_latency(engine, work, 32)
+    found = worker.measure_latency(engine, work, {"vocab_size": 32})
     assert [len(run["decode_s"]) for run in found["runs"]] == [5, 5]
     assert len(found["warmup_s"]) == 3
     assert len(engine.fed) == 6
@@ -40,10 +41,10 @@ def test_warm_up_goes_on_until_three_runs_agree_or_its_limit(monkeypatch):
     times = iter([9.0, 5.0, 1.0, 1.01, 1.02] + [1.0] * 9)
     monkeypatch.setattr(worker, "time_generation", lambda *a: {"total_s": next(times)})
     work = Workload(repeats=1, warmup=2, most_warmup=8).job(Case(1, 1))
-    found = worker.measure_latency(fake_engine.TableEngine(), work, 32)
+    found = worker.measure_latency(fake_engine.TableEngine(), work, {"vocab_size": 32})
     assert (len(found["warmup_s"]), found["is_steady"]) == (5, True)
     times = iter(float(i) for i in range(1, 99))
-    found = worker.measure_latency(fake_engine.TableEngine(), work, 32)
+    found = worker.measure_latency(fake_engine.TableEngine(), work, {"vocab_size": 32})
     assert (len(found["warmup_s"]), found["is_steady"]) == (8, False)
 
 
@@ -59,6 +60,15 @@ def test_warm_up_goes_on_until_three_runs_agree_or_its_limit(monkeypatch):
 )
 def test_allocators_are_known_by_their_words(error, status):
     assert worker.status_of(error) == status
+
+
+def test_a_reason_names_the_way_out_where_the_error_knows_one():
+    assert worker.reason_of(UsageError("no such dtype", hint="write fp32")) == "no such dtype; write fp32"
+    assert worker.reason_of(UsageError("no such dtype")) == "no such dtype"
+
+
+def test_a_limit_of_the_runtimes_arena_is_out_of_memory():
+    assert worker.status_of(RuntimeError("BFCArena: Available memory of 5 is smaller than requested bytes of 9")) == "oom"
 
 
 def test_a_reason_is_one_line():

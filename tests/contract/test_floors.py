@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "qlora_tools"
 FLOORS = {
-    "errors": 0, "specs": 0, "progress": 0, "names": 0, "manifest": 0, "finite": 0, "process_memory": 0, "cores": 0, "plot_style": 0,
+    "errors": 0, "specs": 0, "progress": 0, "names": 0, "manifest": 0, "finite": 0, "process_memory": 0, "cores": 0, "plot_style": 0, "resampling": 0,
     "quant": 1, "lowrank": 1, "models": 1,
     "checkpoint": 2, "engine": 2,
     "adapters": 3, "live": 3,

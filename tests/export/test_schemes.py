@@ -12,7 +12,7 @@ from qlora_tools.export.schemes import FLOATS, NAMES, SMALL, default_scheme, sch
 from qlora_tools.export.target import Target
 
 BIG = (2048, 2048)
-ROLES = ("qkv", "output", "gate", "up", "gate_up", "down", "head")
+ROLES = ("qkv", "output", "gate", "up", "down", "head")
 
 
 @pytest.mark.parametrize("compute", ["F16", "BF16"])
@@ -77,11 +77,6 @@ def test_float_schemes_store_what_the_graph_computes_in(name, compute):
     assert scheme.linear("down", *BIG) == scheme.table("BF16") == scheme.tied(*BIG) == Dense(compute, compute)
 
 
-def test_only_the_cpu_packs_gate_and_up():
-    assert scheme_of("int4").packs_feed(4096, 2048)
-    assert not any(scheme_of(name, Target("cuda", "F16")).packs_feed(4096, 2048) for name in ("fp16", "int8", "int4", "nf4"))
-
-
 def test_the_target_of_a_scheme():
     assert target_for("int4", "cpu") == Target()
     assert target_for("int4", "cuda") == Target("cuda", "F16") and target_for("int4", "cuda", compute="BF16") == Target("cuda", "BF16")
@@ -108,3 +103,18 @@ def test_an_unknown_scheme_is_refused_with_the_known_ones():
     with pytest.raises(UnsupportedError, match="no scheme `int2`") as caught:
         scheme_of("int2")
     assert all(name in caught.value.hint for name in NAMES)
+
+
+@pytest.mark.parametrize("target", [Target(), Target("cuda", "F16"), Target("cpu", "F32", standard=True)])
+def test_the_head_of_int4_can_have_eight_bits(target):
+    scheme = scheme_of("int4", target, 8)
+    for form in (scheme.linear("head", *BIG), scheme.tied(*BIG)):
+        assert form.bits == 8 and getattr(form, "multiple", 1) in (1, 32)
+    assert scheme.linear("down", *BIG).bits == scheme.linear("qkv", *BIG).bits == 4 and scheme_of(scheme, target) is scheme
+    assert scheme_of("int4", target, 4) == scheme_of("int4", target)
+
+
+@pytest.mark.parametrize(("name", "bits"), [("int8", 8), ("fp32", 8), ("nf4", 4), ("int4", 6)])
+def test_head_bits_are_about_int4(name, bits):
+    with pytest.raises(UsageError, match="--head-bits"):
+        scheme_of(name, Target(), bits)

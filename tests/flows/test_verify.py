@@ -32,6 +32,21 @@ def exports(tmp_path_factory, llama, adapter):
     return folder
 
 
+@pytest.fixture
+def own(tmp_path, llama, adapter):
+    """Copies of base and adapter that a test may change, and an export of both with the adapter at half its weight."""
+    from qlora_tools import api
+
+    base, beside = shutil.copytree(llama, tmp_path / "own/base"), shutil.copytree(adapter, tmp_path / "own/style")
+    api.export(base=base, adapters=[(beside, 0.5)], scheme="int8", device="cpu", verify=False, output=tmp_path / "exports/e")
+    return tmp_path
+
+
+def without_statistics(here):
+    """The export ``e``, where nothing that it was made of is to be found."""
+    return shutil.copytree(here / "e", here / "deeper/down/e")
+
+
 def checks(done):
     return {check["name"]: check for check in done.json["checks"]}
 
@@ -89,15 +104,15 @@ def test_another_checkpoint_of_the_same_shapes_fails(scheme, qlt, exports, tuned
 def test_another_shape_is_said_without_reading_a_weight(qlt, exports, tmp_path):
     from tests.conftest import build_llama
 
-    other = build_llama(tmp_path / "wider", intermediate_size=128)
+    other = build_llama(tmp_path / "wider", intermediate_size=256)
     done = qlt("verify", exports / "int8", "--against", other, "--json")
     assert done.code == 1 and "this checkpoint exported so has" in checks(done)["weights"]["found"] and done.json["parity"] is None
 
 
 def test_a_merged_export_wants_its_adapter(qlt, exports, llama, adapter):
     assert qlt("verify", exports / "merged", "--against", llama, "--adapter", adapter).code == 0
-    forgotten = qlt("verify", exports / "merged", "--against", llama, "--json")
-    assert forgotten.code == 1 and "adapter `tuned-r4` is part of the export and was not given" in checks(forgotten)["inputs"]["found"]
+    found = qlt("verify", exports / "merged", "--against", llama, "--json")
+    assert found.code == 0 and checks(found)["inputs"]["found"] == "`base`, merged `tuned-r4`"
     halved = qlt("verify", exports / "merged", "--against", llama, "--adapter", f"{adapter}=0.5", "--json")
     assert halved.code == 1 and checks(halved)["weights"]["status"] == "fail"
     unasked = qlt("verify", exports / "int8", "--against", llama, "--adapter", adapter, "--json")
@@ -108,6 +123,63 @@ def test_a_merged_checkpoint_stands_for_base_and_adapter(qlt, here, exports, lla
     assert qlt("merge", "--base", llama, "--adapter", adapter, "-o", "merged").code == 0
     done = qlt("verify", exports / "merged", "--against", "merged", "--json")
     assert checks(done)["inputs"]["status"] == "warn" and checks(done)["computation"]["status"] == "ok"
+
+
+def test_an_export_says_itself_what_it_is_held_against(qlt, own):
+    done = qlt("verify", own / "exports/e", "--json")
+    assert done.code == 0 and {check["status"] for check in done.json["checks"]} == {"ok"}
+    assert checks(done)["inputs"]["found"] == "`base`, merged `style` x 0.5"
+    assert [done.json["against"], *done.json["adapters"]] == [str(own / "own/base"), str(own / "own/style")]
+    would = qlt("verify", own / "exports/e", "--dry-run")
+    assert would.code == 0 and f"against {own / 'own/base'} + {own / 'own/style'}" in " ".join(would.out.split())
+
+
+def test_the_manifest_records_what_shaped_the_export(own):
+    manifest = read_manifest(own / "exports/e")
+    assert manifest.command["adapters"] == {"adapter": {"use": "merged", "weight": 0.5}}
+    assert (manifest.command["target"], manifest.command["compute"], manifest.command["standard"]) == ("original", "F32", False)
+    assert manifest.inputs["base"]["path"] == "../../own/base" and manifest.inputs["adapter"]["path"] == "../../own/style"
+
+
+def test_everything_moved_together_is_found(qlt, own):
+    (own / "elsewhere").mkdir()
+    for name in ("own", "exports"):
+        (own / name).rename(own / "elsewhere" / name)
+    assert qlt("verify", own / "elsewhere/exports/e").code == 0
+
+
+def test_a_base_that_is_gone_is_asked_for(qlt, own):
+    (own / "own/base").rename(own / "base")
+    done = qlt("verify", own / "exports/e")
+    assert done.code == 9 and "was made of `base`" in done.err and "--against" in done.err
+    given = qlt("verify", own / "exports/e", "--against", own / "base", "--json")
+    assert given.code == 0 and checks(given)["inputs"]["status"] == "ok"
+
+
+def test_an_adapter_that_is_gone_is_named(qlt, own):
+    (own / "own/style").rename(own / "style")
+    done = qlt("verify", own / "exports/e", "--json")
+    assert done.code == 1 and "adapter `style` is part of the export and was not given" in checks(done)["inputs"]["found"]
+    assert qlt("verify", own / "exports/e", "--adapter", f"{own / 'style'}=0.5").code == 0
+
+
+def test_a_base_trained_on_is_called_changed(qlt, own, tuned):
+    shutil.rmtree(own / "own/base")
+    shutil.copytree(tuned, own / "own/base")
+    done = qlt("verify", own / "exports/e", "--json")
+    assert done.code == 1 and "base `base` holds other values than it had" in checks(done)["inputs"]["found"]
+    assert checks(done)["weights"]["status"] == "fail"
+
+
+@pytest.mark.parametrize(("file", "what"), [("adapter_config.json", "has another adapter_config.json"), ("adapter_model.safetensors", "holds other values")])
+def test_a_changed_adapter_is_called_changed(file, what, qlt, own):
+    path = own / "own/style" / file
+    content = path.read_bytes()
+    changed = content.replace(b'"lora_alpha": ', b'"lora_alpha": 3') if file.endswith("json") else content[:-2] + b"\x00\x3c"
+    assert changed != content
+    path.write_bytes(changed)
+    done = qlt("verify", own / "exports/e", "--json")
+    assert done.code == 1 and f"adapter `style` {what}" in checks(done)["inputs"]["found"] and checks(done)["weights"]["status"] == "fail"
 
 
 def test_a_text_of_choice_is_run(qlt, exports, llama, tmp_path):
@@ -123,10 +195,12 @@ def test_calibrated_weights_are_held_to_a_distance_or_bit_for_bit(qlt, here, lla
     text.write_text("the quick brown fox jumps over the lazy dog; " * 60)
     assert qlt("calibrate", llama, "--data", text, "-o", "statistics.safetensors").code == 0
     assert qlt("export", llama, "--int4", "--device", "cpu", "--calib", "statistics.safetensors", "--no-verify", "-o", "e").code == 0
-    near = qlt("verify", "e", "--against", llama)
+    near = qlt("verify", without_statistics(here), "--against", llama)
     assert near.code == 0 and "calibrated ones are as near to it" in " ".join(near.out.split())
-    exact = qlt("verify", "e", "--against", llama, "--calib", "statistics.safetensors", "--json")
-    assert exact.code == 0 and "as near" not in checks(exact)["weights"]["found"]
+    for more in ((), ("--calib", "gone.safetensors")):
+        exact = qlt("verify", "e", *more, "--json")
+        assert exact.code == 0 and "as near" not in checks(exact)["weights"]["found"]
+        (here / "statistics.safetensors").rename(here / "gone.safetensors") if not more else None
 
 
 @pytest.mark.parametrize("gone", ["model.onnx", "tokenizer.json"])
@@ -164,7 +238,10 @@ def test_kept_adapters_are_run_one_by_one(qlt, here, llama, adapter):
     api.export(model=llama, keep=[(adapter, 1.0)], scheme="int8", device="cpu", verify=False, output=here / "e")
     done = qlt("verify", "e", "--against", llama, "--adapter", adapter, "--json")
     assert done.code == 0 and checks(done)["computation with tuned-r4"]["status"] == "ok"
-    without = qlt("verify", "e", "--against", llama, "--json")
+    found = qlt("verify", "e", "--json")
+    assert found.code == 0 and checks(found)["computation with tuned-r4"]["status"] == "ok" and "kept `tuned-r4`" in checks(found)["inputs"]["found"]
+    moved = shutil.copytree(here / "e", here / "deeper/down/e")
+    without = qlt("verify", moved, "--against", llama, "--json")
     assert without.code == 0 and "`tuned-r4` (kept) is part of the export" in checks(without)["inputs"]["found"]
 
 
@@ -177,3 +254,49 @@ def test_a_traced_export_is_verified(qlt, here, tmp_path):
     assert qlt("export", tmp_path / "bert", "--int8", "--device", "cpu", "--no-verify", "-o", "e").code == 0
     done = qlt("verify", "e", "--against", tmp_path / "bert", "--json")
     assert done.code == 0 and checks(done)["computation"]["status"] == checks(done)["weights"]["status"] == "ok"
+
+
+def test_a_head_of_eight_bits_loses_less_and_is_known_again(qlt, here, tmp_path):
+    from tests.conftest import build_llama
+
+    tied = build_llama(tmp_path / "tied", tie_word_embeddings=True)
+    sizes, lost = {}, {}
+    for bits in (4, 8):
+        done = qlt("export", tied, "--int4", "--device", "cpu", "--head-bits", bits, "-o", f"e{bits}", "--json")
+        assert done.code == 0, done.err
+        sizes[bits], lost[bits] = done.json["file_bytes"], done.json["parity"]["error_dense"]
+        assert qlt("verify", f"e{bits}").code == 0
+    assert sizes[8] > sizes[4] and lost[8] < lost[4]
+    refused = qlt("export", tied, "--int8", "--device", "cpu", "--head-bits", 8, "-o", "no")
+    assert refused.code == 2 and "--int4 alone" in refused.err and not (here / "no").exists()
+
+
+@pytest.mark.slow
+def test_a_traced_export_keeps_adapters_and_is_calibrated(qlt, here, tmp_path):
+    """As a classifier is fine-tuned: LoRA on its attention, beside int4 weights rounded for a text."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", *(f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz")]
+    folder = tmp_path / "bert"
+    folder.mkdir()
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(folder)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 32}
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(**sizes, vocab_size=len(words), num_labels=3))
+    model.save_pretrained(folder)
+    live = get_peft_model(model, LoraConfig(r=2, target_modules=["query", "value"]))
+    for name, parameter in live.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_()
+    live.save_pretrained(tmp_path / "style")
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 200)
+    done = qlt("export", folder, "--adapters", tmp_path / "style", "--int4", "--device", "cpu", "--calib", tmp_path / "text.txt", "-o", "e", "--json")
+    assert done.code == 0, done.err
+    assert done.json["adapters"][0]["name"] == "style" and done.json["adapters"][0]["parity"]["error_carried"] < 0.05
+    assert done.json["calibration"]["weights"] == 7 and (here / "e/style.onnx_adapter").is_file()
+    verified = qlt("verify", "e", "--json")
+    assert verified.code == 0 and checks(verified)["computation with style"]["status"] == "ok", verified.out
+    assert "calibrated ones are as near" in checks(verified)["weights"]["found"]

@@ -11,7 +11,8 @@ import transformers
 from PIL import Image
 
 from qlora_tools.errors import CorruptError, IncompatibleError, MissingError, UnsupportedError, UsageError
-from qlora_tools.training.images import ENDINGS, ImageRows, Preparation, read_images, read_preparation
+from qlora_tools.live.images import Preparation, read_preparation
+from qlora_tools.training.images import ENDINGS, ImageRows, read_images
 from qlora_tools.training.rows import split
 
 SIZES = [(40, 30), (30, 40), (33, 33), (17, 90), (5, 4)]

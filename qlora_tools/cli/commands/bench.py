@@ -2,91 +2,181 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from qlora_tools.cli.options import Shared, examples, shared
+from qlora_tools.cli.commands.report import judging_options, leave, show, tell_judgements
+from qlora_tools.cli.options import Shared, adapters_option, examples, shared, weighted
+from qlora_tools.cli.words import megabytes
+
+if TYPE_CHECKING:
+    from qlora_tools.verbs.bench import BenchResult
 
 EPILOG = examples(
     "qlt bench                                # the exports of the last model, beside fp32",
+    "qlt bench base/ --settings int8,int4,torch-nf4       # exports what is missing",
+    "qlt bench base/ --adapter tuned-r16 --settings fp16,int8,nf4,int4 --device cuda --prompt 128,512 --batch 1,8",
     "qlt bench exports/tuned-int8 exports/tuned-int4 --reference exports/tuned-fp32",
-    "qlt bench exports/* --prompt 512 --new 128 --rounds 5",
+    "qlt bench exports/* --compare runs/bench-001 --margin 3%",
+    'qlt bench base/ --pick "kl<0.01,file<4GB"',
 )
+
+
+class _Counts(click.ParamType[tuple[int, ...]]):
+    """``128`` or ``128,512``."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        words = [word.strip() for word in str(value).split(",")]
+        if not all(word.isdecimal() and int(word) > 0 for word in words):
+            self.fail(f"{value!r} is not a list of numbers from 1 up; write 128 or 128,512", param, ctx)
+        return tuple(dict.fromkeys(int(word) for word in words))
+
+
+COUNTS = _Counts()
 
 
 @click.command("bench", epilog=EPILOG)
 @click.argument("models", nargs=-1)
+@adapters_option
+@click.option(
+    "--settings",
+    metavar="NAME,...",
+    help="Measure a checkpoint so: fp32 fp16 bf16 int8 w8a8 int4 nf4 are exports, made where they are missing; torch-fp32 torch-bf16 torch-fp16 torch-nf4 "
+    "torch-int8 are transformers. Default for one checkpoint: fp32,int8,int4, on CUDA fp16,int8,int4,nf4,torch-bf16,torch-nf4.",
+)
 @click.option("--reference", metavar="DIR", help="What quality is judged against. Default: the fp32 export of the same model, made if it is missing.")
+@click.option(
+    "--untuned", metavar="DIR", help="The one of MODELS that was not fine-tuned: the share of the gain that others keep is shown. With --adapter: the base."
+)
 @click.option(
     "--text",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="UTF-8 text to judge on. Default: the held-out part of Python's own language reference.",
 )
-@click.option("--prompt", type=click.IntRange(min=1), default=128, show_default=True, help="Prompt tokens.")
-@click.option("--new", type=click.IntRange(min=1), default=65, show_default=True, help="New tokens.")
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences at once.")
-@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Fresh processes per setting, interleaved.")
+@click.option(
+    "--labels", type=click.Path(exists=True, path_type=Path), help="Right answers for a classifier: {text, label} lines, or images in folders of their classes."
+)
+@click.option("--prompt", type=COUNTS, default="128", show_default=True, help="Prompt tokens; several, by commas, are measured one after the other.")
+@click.option("--new", type=COUNTS, default="65", show_default=True, help="New tokens.")
+@click.option("--batch", type=COUNTS, default="1", show_default=True, help="Sequences at once.")
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Fresh processes per setting and case, interleaved; below 5 no time is called faster.",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="Threads per process. Default: all cores.")
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=600.0, show_default=True, help="Seconds that a process may take.")
+@click.option("--limits", is_flag=True, help="Also look for the smallest limit of GPU memory that each setting runs under. Takes many processes.")
 @click.option("--tokens", type=click.IntRange(min=1), default=4096, show_default=True, help="Tokens to judge quality on at most.")
+@click.option("--quality/--no-quality", default=True, show_default=True, help="Judge quality beside speed.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted benchmark: the same command again.")
+@judging_options
 @shared
 def command(
     common: Shared,
     models: tuple[str, ...],
+    adapters: tuple[str, ...],
+    settings: str | None,
     reference: str | None,
     text: Path | None,
-    prompt: int,
-    new: int,
-    batch: int,
-    rounds: int,
-    threads: int | None,
+    prompt: tuple[int, ...],
+    new: tuple[int, ...],
+    batch: tuple[int, ...],
     tokens: int,
+    timeout: float,
+    **choices: Any,
 ) -> None:
-    """Measure latency, memory and quality of MODELS: exports or checkpoints. Writes JSON, a table, a page and plots."""
+    """Measure latency, memory and quality of MODELS: exports, or checkpoints in several settings. Writes JSON, a table, a page and plots."""
     from qlora_tools import api
 
-    known = common.session.recall()
-    chosen, reference = _with_reference(common, list(models), reference)
-    if text is None and known.get("text"):
+    known, given = common.session.recall(), weighted(adapters)
+    named, chosen, reference = _line_up(common, list(models), given, settings, reference, judged=choices["quality"])
+    if text is None and known.get("text") and choices["quality"] and all(map(_writes, chosen)):
         text = Path(known["text"])
         common.screen.remark(f"using text {text}")
     result = api.bench(
         models=chosen,
+        adapters=given,
+        settings=named,
         reference=reference,
         text=text,
-        workload=api.Workload(cases=(api.Case(prompt, new, batch),)),
-        rounds=rounds,
-        threads=threads,
+        workload=api.Workload(cases=api.sweep(prompt=prompt, new=new, batch=batch)),
+        timeout_s=timeout,
         quality_tokens=tokens,
-        layers=[layer for folder, _ in known.get("adapters") or [] for layer in api.layers_of(Path(folder))] if not models else (),
+        layers=None if models or given else [layer for folder, _ in known.get("adapters") or [] for layer in api.layers_of(Path(folder))],
         command=["qlt", *sys.argv[1:]],
+        **choices,
         **common.arguments,
     )
+    for path in result.skipped:
+        common.screen.remark(f"{path} is not a model, left out")
     if result.record is not None:
         show(common.screen, result.record)
+        tell_judgements(common.screen, result.picked, result.compared)
+    else:
+        _show_plan(common, result)
     where = common.session.relative(result.output)
-    lines = (
-        f"wrote {where}/report.html, report.md, bench.json and plots/"
-        if not result.dry_run
-        else f"dry run: would measure {', '.join(result.settings)} and write {where}"
-    )
-    common.screen.result(result, lines)
+    common.screen.result(result, f"dry run: would write {where}" if result.dry_run else f"wrote {where}/report.html, report.md, bench.json and plots/")
+    leave((result.picked, result.compared))
 
 
-def show(screen: Any, record: Any) -> None:
-    """The table of a record, and what must be said beside it."""
-    from qlora_tools.bench.table import bench_table, failures, method, ties
+def _show_plan(common: Shared, result: BenchResult) -> None:
+    """What a dry run found."""
+    plan = result.plan
+    rows = [
+        [
+            step.name,
+            step.action + ("" if step.measured else ", judges only"),
+            megabytes(step.bytes) if step.bytes is not None else "n/a",
+            step.reason or step.export or "",
+        ]
+        for step in plan.steps
+    ]
+    common.screen.table("", ["Setting", "Weights", "Command", "Size"], rows, left=3)
+    cases = ", ".join(case.name for case in plan.cases)
+    common.screen.say(f"{cases} (sequences x tokens in + out), {plan.rounds} rounds: {plan.processes} processes; exports to make: {megabytes(plan.new_bytes)}")
 
-    table = bench_table(record)
-    screen.table(record.title, [column.heading for column in table.columns], [[cell.text for cell in row] for row in table.rows])
-    for remark in (*failures(record), *ties(record), *record.notes, method(record)):
-        screen.say(remark)
+
+def _line_up(
+    common: Shared, models: list[str], adapters: list[tuple[str, float]], settings: str | None, reference: str | None, *, judged: bool
+) -> tuple[list[str] | None, list[str], str | None]:
+    """Settings, models and reference: as typed, or what the session remembers, or what one checkpoint alone asks for."""
+    named = [word.strip() for word in settings.split(",") if word.strip()] if settings is not None else None
+    if not models and (adapters or named):
+        models = [str(common.session.pick("base" if adapters else "model", "MODEL"))]
+        common.screen.remark(f"using {'base' if adapters else 'model'} {models[0]}")
+    if named is None and len(models) == 1 and not _is_export(models[0]):
+        named = ["default"]
+    if named is not None or adapters or (models and not judged):
+        return named, models, reference
+    chosen, reference = _with_reference(common, models, reference, judged=judged)
+    return None, chosen, reference
 
 
-def _with_reference(common: Shared, models: list[str], reference: str | None) -> tuple[list[str], str | None]:
-    """What to measure, fp32 first. Without words: the exports of the last model; its fp32 export is made where it is missing."""
+def _writes(model: str) -> bool:
+    """False for a model that is known to read something else than text, or to look once: a remembered text is not for it."""
+    from qlora_tools.models.work import DECODER, work_of
+
+    path = Path(model) / "config.json"
+    return not path.is_file() or work_of(json.loads(path.read_text(encoding="utf-8"))) == DECODER
+
+
+def _is_export(model: str) -> bool:
+    return any(Path(model).glob("*.onnx"))
+
+
+def _with_reference(common: Shared, models: list[str], reference: str | None, *, judged: bool = True) -> tuple[list[str], str | None]:
+    """What to measure, the reference first. Without words: the exports of the last model; its fp32 export is made where it is missing."""
     exports = common.session.recall().get("exports") or []
     if not models:
         last = common.session.pick("exports", "MODELS")[-1]
@@ -97,12 +187,18 @@ def _with_reference(common: Shared, models: list[str], reference: str | None) ->
         ]
         models = [item["path"] for item in same]
         common.screen.remark(f"using {', '.join(models)}")
+    if not judged:
+        return models, reference
     if reference is None:
-        reference = next((model for model in models if common.session.scheme_of(model) == "fp32"), None) or _fp32_beside(common, models[0], exports)
+        reference = _of_scheme(common, models, "fp32") or _fp32_beside(common, models[0], exports) or _of_scheme(common, models, "bf16", "fp16")
     if reference is None:
         common.screen.remark("note: no fp32 reference among these, quality is not judged; name one with --reference")
         return models, None
     return [reference, *(model for model in models if Path(model) != Path(reference))], reference
+
+
+def _of_scheme(common: Shared, models: list[str], *schemes: str) -> str | None:
+    return next((model for scheme in schemes for model in models if common.session.scheme_of(model) == scheme), None)
 
 
 def _fp32_beside(common: Shared, model: str, exports: list[dict[str, Any]]) -> str | None:

@@ -24,7 +24,7 @@ EPILOG = examples("qlt demo", "qlt demo --base org/base --tuned org/tuned --rank
 def command(common: Shared, base: str | None, tuned: str | None, text: Path | None, rank: int, rounds: int) -> None:
     """Train a small model on Python's standard library, fine-tune it, and run the whole chain. No network, no download."""
     from qlora_tools import api
-    from qlora_tools.cli.commands.bench import show
+    from qlora_tools.cli.commands.report import show
 
     folder, screen = common.output or Path("demo"), common.screen
     if common.dry_run:

@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from qlora_tools.cli.options import Shared, examples, shared
+from qlora_tools.errors import UsageError
 
 if TYPE_CHECKING:
     from qlora_tools.cli.screen import Screen
     from qlora_tools.quality.intervals import Interval
+    from qlora_tools.verbs.evaluate import EvalResult, Judged
+    from qlora_tools.verbs.evaluate_outputs import OutputsResult
     from qlora_tools.verbs.syntax import JudgedSyntax
+
+#: Of models that look once: heading, figure, how it is written.
+_OUTPUT_COLUMNS = (
+    ("accuracy", "accuracy", "{:.2%}"),
+    ("difference", "accuracy_difference", "{:+.2%}"),
+    ("cosine", "cosine_mean", "{:.5f}"),
+    ("relative error", "relative_error", "{:.5f}"),
+    ("KL mean", "kl_mean", "{:.5f}"),
+    ("top-1", "top1_agreement", "{:.2%}"),
+)
+_METRICS = {"kl": "KL", "error": "relative error"}
 
 EPILOG = examples(
     "qlt eval base/ tuned/",
     "qlt eval exports/tuned-int8 --against tuned/ --text heldout.txt",
     "qlt eval checkpoints/base-nf4 --against base/ --tokens 4096",
+    "qlt eval checkpoints/merged-nf4 --against merged-16bit/ --against 'base-nf4 + adapters/tuned-r8'",
+    "qlt eval exports/bert-int8 --against bert/ --labels reviews.jsonl",
     "qlt eval base/ tuned/ --adapter adapters/tuned-r8 --task python-syntax",
 )
 
@@ -32,11 +49,21 @@ EPILOG = examples(
     metavar="DIR",
     help="Adapter to judge on the first of MODELS, as one more row: a PEFT folder, or the name of one that an export keeps; repeat for several.",
 )
-@click.option("--against", metavar="MODEL", help="The reference: of KL divergence and top-1 agreement, or of the difference in shares.")
+@click.option(
+    "--against",
+    multiple=True,
+    metavar="MODEL",
+    help="The reference of KL divergence and top-1 agreement; repeat for several, 'BASE + ADAPTER' leaves an adapter unmerged. With --task: of the difference.",
+)
 @click.option(
     "--text",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="UTF-8 text to judge on. Default: the held-out part of Python's own language reference. With --task: prompts, jsonl {prompt} or a .py file.",
+)
+@click.option(
+    "--labels",
+    type=click.Path(exists=True, path_type=Path),
+    help="Right answers for a classifier: a file of {text, label} lines, or a folder with images in folders of their classes.",
 )
 @click.option("--tokens", type=click.IntRange(min=1), default=16_384, show_default=True, help="Tokens to score at most.")
 @click.option("--context", type=click.IntRange(min=2), default=256, show_default=True, help="Tokens per window; windows do not overlap.")
@@ -48,26 +75,34 @@ def command(
     common: Shared,
     models: tuple[str, ...],
     adapters: tuple[str, ...],
-    against: str | None,
+    against: tuple[str, ...],
     text: Path | None,
+    labels: Path | None,
     tokens: int,
     context: int,
     task: str | None,
     prompts: int,
     new_tokens: int,
 ) -> None:
-    """Measure perplexity of MODELS (checkpoints, exports, hub ids), and how far they are from a reference; or how often they write Python."""
+    """Measure perplexity of MODELS (checkpoints, exports, hub ids), and how far they are from a reference; or how often they write Python.
+
+    Models that do not write (encoders, classifiers of text or images, denoising networks) are measured by their outputs: cosine, relative error, the
+    divergence and agreement of their classes, and with --labels how often they are right.
+    """
     screen = common.screen
+    if task and (labels or len(against) > 1):
+        raise UsageError("--task takes no --labels, and one --against", hint="leave the others out, or run once for each")
     if common.dry_run:
         judged = ", ".join([*models, *(f"{models[0]} + {adapter}" for adapter in adapters)])
-        record = {"models": list(models), "adapters": list(adapters), "against": against, "task": task or "perplexity"}
-        screen.result(record, f"would judge {judged}{f' against {against}' if against else ''}{f' by {task}' if task else ''}")
+        record = {"models": list(models), "adapters": list(adapters), "against": list(against), "labels": labels and str(labels), "task": task or "perplexity"}
+        said = f" against {' and '.join(against)}" if against else ""
+        screen.result(record, f"would judge {judged}{said}{f' by {task}' if task else ''}{f' on {labels}' if labels else ''}")
         return
-    arguments = {"models": models, "adapters": adapters, "against": against, "text": text, "device": common.device, "progress": screen.progress}
+    arguments = {"models": models, "adapters": adapters, "text": text, "device": common.device, "progress": screen.progress}
     if task:
-        result = _syntax(screen, {**arguments, "prompts": prompts, "new_tokens": new_tokens})
+        result = _syntax(screen, {**arguments, "against": against[0] if against else None, "prompts": prompts, "new_tokens": new_tokens})
     else:
-        result = _perplexity(screen, {**arguments, "tokens": tokens, "context": context})
+        result = _evaluate(screen, {**arguments, "against": against, "labels": labels, "tokens": tokens, "context": context})
     screen.result(result)
     if common.output:
         from qlora_tools.cli.main import as_plain
@@ -75,14 +110,44 @@ def command(
         common.output.write_text(json.dumps(as_plain(result), indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _perplexity(screen: Screen, arguments: dict[str, Any]) -> Any:
+def _evaluate(screen: Screen, arguments: dict[str, Any]) -> Any:
     from qlora_tools import api
 
-    result, against = api.evaluate(**arguments), bool(arguments["against"])
-    columns = ["model", "perplexity", "95 %"] + (["KL mean", "95 %", "KL p99", "top-1"] if against else [])
-    screen.table("", columns, [_row(judged, against) for judged in result.models])
+    result = api.evaluate(**arguments)
+    if isinstance(result, api.OutputsResult):
+        _show_outputs(screen, result)
+        return result
+    against = len(result.references)
+    columns = ["model", *(["against"] if against > 1 else []), "perplexity", "95 %"] + (["KL mean", "95 %", "KL p99", "top-1"] if against else [])
+    screen.table("", columns, [row for judged in result.models for row in _rows(judged, result)])
     screen.say(f"{result.corpus} ({result.corpus_sha256[:12]}), {result.n_tokens} tokens, {result.method}")
     return result
+
+
+def _show_outputs(screen: Screen, result: OutputsResult) -> None:
+    """Models that look once: a row for each and each of its references."""
+    rows = [
+        (judged, name, figures)
+        for judged in result.models
+        for name, figures in [(result.reference, judged.figures), *((name, found) for name, found in judged.further.items())]
+    ]
+    shown = [column for column in _OUTPUT_COLUMNS if any(column[1] in figures for _, _, figures in rows)]
+    columns = ["model", *(["against"] if len(result.references) > 1 else []), *(title for heading, _, _ in shown for title in (heading, "95 %"))]
+    table = []
+    for judged, name, figures in rows:
+        cells = [judged.name, *([str(name)] if len(result.references) > 1 else [])]
+        for _, figure, form in shown:
+            bounds = figures["ci95"].get(figure)
+            cells += [form.format(figures[figure]) if figure in figures else "", f"{form.format(bounds[0])} - {form.format(bounds[1])}" if bounds else ""]
+        table.append(cells)
+    screen.table("", columns, table)
+    screen.say(f"{result.corpus}{f' ({result.corpus_sha256[:12]})' if result.corpus_sha256 else ''}, {result.n_inputs} inputs, {result.method}")
+    for judged in result.models:
+        if judged.verdict is not None:
+            screen.say(f"{judged.name}: {'a tie with' if judged.verdict == 'tie' else f'{judged.verdict} than'} {result.reference} in accuracy")
+    for pair in result.comparisons:
+        tie = pair["verdict"] in ("tie", "unknown")
+        screen.say(f"{pair['a']} and {pair['b']} {'cannot be told apart' if tie else 'differ'} in {_METRICS.get(pair['metric'], pair['metric'])}")
 
 
 def _syntax(screen: Screen, arguments: dict[str, Any]) -> Any:
@@ -114,17 +179,21 @@ def _percent(interval: Interval) -> str:
     return f"{100 * interval.low:.1f} - {100 * interval.high:.1f}" if interval.low is not None and interval.high is not None else ""
 
 
-def _row(judged: object, referenced: bool) -> list[str]:
-    from qlora_tools.verbs.evaluate import Judged
+def _rows(judged: Judged, result: EvalResult) -> list[list[str]]:
+    """One row, or one for each of several references."""
+    perplexity = [f"{judged.perplexity:.3f}", f"{judged.ci95[0]:.3f} - {judged.ci95[1]:.3f}" if judged.ci95 else ""]
+    if not result.references:
+        return [[judged.name, *perplexity]]
+    several = len(result.references) > 1
+    found = {str(result.reference): judged.figures, **judged.further}
+    return [[judged.name, *([name] if several else []), *perplexity, *_divergence(figures)] for name, figures in found.items()]
 
-    assert isinstance(judged, Judged)
-    cells = [judged.name, f"{judged.perplexity:.3f}", f"{judged.ci95[0]:.3f} - {judged.ci95[1]:.3f}" if judged.ci95 else ""]
-    if referenced:
-        interval = judged.figures["ci95"]["kl_mean"]
-        cells += [
-            f"{judged.figures['kl_mean']:.5f}",
-            f"{interval[0]:.5f} - {interval[1]:.5f}" if interval else "",
-            f"{judged.figures['kl_p99']:.4f}",
-            f"{100 * judged.figures['top1_agreement']:.2f} %",
-        ]
-    return cells
+
+def _divergence(figures: Mapping[str, Any]) -> list[str]:
+    interval = figures["ci95"]["kl_mean"]
+    return [
+        f"{figures['kl_mean']:.5f}",
+        f"{interval[0]:.5f} - {interval[1]:.5f}" if interval else "",
+        f"{figures['kl_p99']:.4f}",
+        f"{100 * figures['top1_agreement']:.2f} %",
+    ]

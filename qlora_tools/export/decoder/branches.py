@@ -1,4 +1,4 @@
-"""Low-rank branches beside a decoder's stored matrices: y = x W' + (x A) B, with A and B in 16 bits whatever W' is stored in.
+"""Low-rank branches beside a graph's stored matrices: y = x W' + (x A) B, with A and B in 16 bits whatever W' is stored in.
 
 One pair of factors serves a stored matrix, packed or not: the ranks of its modules are added up, A's columns stand side by side and B is
 block-diagonal over the modules' outputs, so that packed projections stay packed and a branch costs two products and a sum. Every scale is
@@ -130,13 +130,17 @@ def _multiplied(layer: Layer) -> tuple[Matrix, ...]:
 
 
 def bind_branches(beside: Beside, layout: Layout, decoder: Decoder, target: Target) -> Branches:
-    """The factors of ``beside`` in the form that a graph of ``layout`` takes.
+    """The factors of ``beside`` in the form that a graph of ``layout`` takes. Raises what :func:`bind_at` raises."""
+    return bind_at(beside, places_of(layout, decoder), target)
+
+
+def bind_at(beside: Beside, places: Mapping[str, list[Place]], target: Target) -> Branches:
+    """The factors of ``beside`` for the matrices of ``places`` (module path -> where its outputs lie).
 
     Raises:
         UnsupportedError: an adapter holds something else than low-rank changes of linears; all of it is named. NonFiniteError: NaN or
         infinity in a factor, or a product too large for 16 bits.
     """
-    places = places_of(layout, decoder)
     for adapter, _ in (*beside.kept.values(), *beside.fixed):
         _refuse_others(adapter, places)
     kept = {name: _factors([pair], places, target) for name, pair in beside.kept.items()}
@@ -190,20 +194,20 @@ def _balanced(a_RI: torch.Tensor, b_RO: torch.Tensor) -> tuple[torch.Tensor, tor
     return torch.ldexp(a_RI, power_R[:, None]), torch.ldexp(b_RO, -power_R[:, None])
 
 
-def fixed_specs(branches: Branches, layout: Layout, target: Target) -> list[TensorSpec]:
-    """What the fixed branches of the matrices of ``layout`` are stored as."""
+def fixed_specs(branches: Branches, matrices: Iterable[Matrix], target: Target) -> list[TensorSpec]:
+    """What the fixed branches of ``matrices`` are stored as."""
     specs, kind = [], factor_dtype(target)
-    for matrix in layout.matrices():
+    for matrix in matrices:
         if matrix.name in branches.fixed:
             rank, (a, b) = branches.fixed[matrix.name].rank, fixed_names(matrix.name)
             specs += [TensorSpec(a, kind, (matrix.columns, rank)), TensorSpec(b, kind, (matrix.total_rows, rank))]
     return specs
 
 
-def with_fixed(plan: Plan, branches: Branches, layout: Layout, target: Target) -> Plan:
+def with_fixed(plan: Plan, branches: Branches, matrices: Iterable[Matrix], target: Target) -> Plan:
     """``plan`` and the storing of the fixed branches, at the end of the file."""
     units = [_storing(matrix, factors) for matrix, factors in branches.fixed.items()]
-    return Plan((*plan.outputs, *fixed_specs(branches, layout, target)), (*plan.units, *units))
+    return Plan((*plan.outputs, *fixed_specs(branches, matrices, target)), (*plan.units, *units))
 
 
 def _storing(matrix: str, factors: Factors) -> Unit:
@@ -213,12 +217,16 @@ def _storing(matrix: str, factors: Factors) -> Unit:
 
 class Branching:
     """Draws the branches of one graph. ``kept``: names of the matrices whose factors are inputs; ``inputs`` and ``drawn``
-    (matrices multiplied by) grow as the graph does."""
+    (matrices multiplied by) grow as the graph does. What is multiplied by twice has one pair of inputs."""
 
     def __init__(self, kept: Collection[str] = ()) -> None:
         self._kept = frozenset(kept)
-        self.inputs: list[ir.Value] = []
+        self._made: dict[str, list[ir.Value]] = {}
         self.drawn: set[str] = set()
+
+    @property
+    def inputs(self) -> list[ir.Value]:
+        return [value for pair in self._made.values() for value in pair]
 
     def add(self, nodes: Nodes, matrix: Matrix, x_TI: ir.Value, product_TO: ir.Value) -> ir.Value:
         """``product_TO`` plus the branches of ``matrix``, if it has any."""
@@ -228,11 +236,14 @@ class Branching:
         if nodes.holds(a):
             total = _added(nodes, x_TI, nodes.stored(a), nodes.op("Transpose", nodes.stored(b), perm=[1, 0]), total)
         if matrix.name in self._kept:
-            a_IR, b_RO = self._optional(matrix, nodes.target)
+            if matrix.name not in self._made:
+                self._made[matrix.name] = self._optional(matrix, nodes.target)
+            a_IR, b_RO = self._made[matrix.name]
             total = _added(nodes, x_TI, a_IR, b_RO, total)
         return total
 
-    def _optional(self, matrix: Matrix, target: Target) -> list[ir.Value]:
+    @staticmethod
+    def _optional(matrix: Matrix, target: Target) -> list[ir.Value]:
         """Inputs with a default: the runtime counts an input that has an initializer of its name as optional."""
         rank, code = f"{matrix.name}.rank", dtype(factor_dtype(target)).onnx
         assert code is not None
@@ -242,7 +253,6 @@ class Branching:
         for name, shape in zip(kept_names(matrix.name), shapes, strict=True):
             default = np.zeros([size if isinstance(size, int) else 0 for size in shape], kind.numpy())
             found.append(ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(kind), const_value=ir.tensor(default, dtype=kind, name=name)))
-        self.inputs += found
         return found
 
 

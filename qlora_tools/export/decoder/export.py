@@ -17,13 +17,14 @@ from qlora_tools.checkpoint.statistics import Statistics
 from qlora_tools.engine.plan import Plan, Source
 from qlora_tools.engine.run import run
 from qlora_tools.errors import IncompatibleError, UnsupportedError
-from qlora_tools.export.calibrated import Choice, Gain, gain_of
+from qlora_tools.export.calibrated import STATISTICS, Choice, Gain, gain_of
 from qlora_tools.export.decoder.branches import Beside, Branches, bind_branches, with_fixed
 from qlora_tools.export.decoder.graph import DATA_FILE, build_graph
 from qlora_tools.export.decoder.layout import Layout, layout_of
 from qlora_tools.export.decoder.stacked import separate_experts
-from qlora_tools.export.decoder.weights import MODEL, STATISTICS, STORED, check_tensors, plan_weights
+from qlora_tools.export.decoder.weights import MODEL, STORED, check_tensors, plan_weights
 from qlora_tools.export.external import ExternalWriter, place
+from qlora_tools.export.notes import decoder_notes, joined
 from qlora_tools.export.onnx_adapter import file_of, write_adapter_file
 from qlora_tools.export.schemes import Scheme, scheme_of
 from qlora_tools.export.target import CPU, Target
@@ -52,11 +53,16 @@ class DecoderExport:
     def file_bytes(self) -> int:
         return place(self.plan.outputs)[1]
 
+    @property
+    def note(self) -> str | None:
+        """What is worth knowing about the scheme and about what it became."""
+        return joined(self.scheme.note, *decoder_notes(self.layout, self.scheme))
+
 
 def plan_export(
     source: Source,
     config: Mapping[str, Any],
-    scheme: str,
+    scheme: str | Scheme,
     target: Target = CPU,
     statistics: Statistics | None = None,
     beside: Beside | None = None,
@@ -82,18 +88,21 @@ def plan_export(
     if statistics is not None and not any(read.source == STATISTICS for unit in plan.units for read in unit.reads):
         raise IncompatibleError(f"{statistics.path} describes no layer of this model", hint="run `qlt calibrate` on it")
     branches = bind_branches(beside or Beside(), layout, decoder, target)
-    return DecoderExport(decoder, chosen, table_dtype, layout, with_fixed(plan, branches, layout, target), target, statistics, branches)
+    return DecoderExport(decoder, chosen, table_dtype, layout, with_fixed(plan, branches, list(layout.matrices()), target), target, statistics, branches)
 
 
 def _check_head_sizes(decoder: Decoder) -> None:
     heads, rotated = decoder.head_size, {rope.size for rope in decoder.ropes.values()}
     step = ROTATED_STEP if rotated else HEAD_STEP
     if heads % step:
-        raise UnsupportedError(f"heads of {heads} cannot be exported", hint=f"ONNX Runtime's attention operator takes multiples of {step}")
+        raise UnsupportedError(
+            f"heads of {heads} are not multiples of {step}, which ONNX Runtime's own attention operator wants", hint="plain ONNX takes them: --standard"
+        )
     if any(size % step for size in rotated):
         raise UnsupportedError(
-            f"heads of which {', '.join(map(str, sorted(rotated)))} dimensions are rotated cannot be exported",
-            hint=f"ONNX Runtime's attention operator takes multiples of {step}",
+            f"heads of which {', '.join(map(str, sorted(rotated)))} dimensions are rotated, no multiple of {step}, which ONNX Runtime's own attention "
+            "operator wants",
+            hint="plain ONNX takes them: --standard",
         )
 
 

@@ -1,7 +1,7 @@
 """The decoder's graph, node by node.
 
-Between embedding and logits everything is two-dimensional, [T, features] with T = batch * sequence; only the
-attention operator sees [B, S, features]. Inputs and outputs carry the names that onnxruntime-genai and
+Between embedding and logits everything is [B, S, features], as attention wants it, unless an operator on the way takes
+tokens in one row only: then it is [T, features] with T = batch * sequence, and attention's inputs and output are reshaped. Inputs and outputs carry the names that onnxruntime-genai and
 Optimum look for. ``num_logits_to_keep`` is an input that most callers never see: it has a default (0: all
 positions), and a runtime that sets it to 1 gets the logits of the last position only. How norms, activations
 and attention are spelt is the dialect's business.
@@ -53,7 +53,7 @@ def build_graph(
     dialect = dialect_of(target)
     inputs, pasts = _inputs(decoder, target)
     ids, mask, keep = inputs[0], inputs[1], inputs[-1]
-    drawing = _Drawing(nodes, decoder, dialect, dialect.prepare(nodes, ids, mask), Branching(kept), ids)
+    drawing = _Drawing(nodes, decoder, dialect, dialect.prepare(nodes, ids, mask), Branching(kept), ids, layout.flat)
     stream = _Stream(drawing, _embed(drawing, layout))
     presents: list[ir.Value] = []
     for index, layer in enumerate(layout.layers):
@@ -85,7 +85,7 @@ def build_graph(
 
 @dataclass(frozen=True, eq=False)
 class _Drawing:
-    """What every part of the drawing needs. ``shared`` is the dialect's own."""
+    """What every part of the drawing needs. ``shared`` is the dialect's own; ``flat``: the stream is [T, features]."""
 
     nodes: Nodes
     decoder: Decoder
@@ -93,6 +93,13 @@ class _Drawing:
     shared: Any
     branches: Branching
     ids: ir.Value
+    flat: bool
+
+    def spread(self, x: ir.Value, features: int) -> ir.Value:
+        """[..., features] as [B, S, features]."""
+        nodes = self.nodes
+        (shape,) = nodes.once(f"shape {features}", self.ids, lambda: (nodes.op("Concat", nodes.op("Shape", self.ids), nodes.constant([features]), axis=0),))
+        return nodes.op("Reshape", x, shape)
 
     def norm(self, module: str) -> NormCall:
         described = self.decoder.norm
@@ -107,7 +114,7 @@ class _Drawing:
 
 
 class _Stream:
-    """What runs through all layers, [T, hidden]. A sum that is about to be normalised is left to the norm, which does both in one pass."""
+    """What runs through all layers. A sum that is about to be normalised is left to the norm, which does both in one pass."""
 
     def __init__(self, drawing: _Drawing, x: ir.Value) -> None:
         self._drawing, self._x = drawing, x
@@ -156,15 +163,15 @@ def _inputs(decoder: Decoder, target: Target) -> tuple[list[ir.Value], list[tupl
 
 
 def _embed(drawing: _Drawing, layout: Layout) -> ir.Value:
-    """The looked-up rows, scaled, and the learned positions: [T, hidden]."""
+    """The looked-up rows, scaled, and the learned positions."""
     nodes, decoder = drawing.nodes, drawing.decoder
     with nodes.scope("embedding"):
         flat = nodes.op("Reshape", drawing.ids, nodes.constant([-1]))
         x = drawing.scaled(layout.embedding.format.gather(nodes, flat, layout.embedding.name, decoder.hidden), decoder.scales.embedding)
-        if layout.positions is None:
-            return x
-        places = nodes.op("Reshape", _positions(drawing), nodes.constant([-1]))
-        return nodes.op("Add", x, layout.positions.format.gather(nodes, places, layout.positions.name, decoder.hidden))
+        if layout.positions is not None:
+            places = nodes.op("Reshape", _positions(drawing), nodes.constant([-1]))
+            x = nodes.op("Add", x, layout.positions.format.gather(nodes, places, layout.positions.name, decoder.hidden))
+        return x if drawing.flat else drawing.spread(x, decoder.hidden)
 
 
 def _positions(drawing: _Drawing) -> ir.Value:
@@ -181,7 +188,7 @@ def _multiply(drawing: _Drawing, matrix: Matrix, x: ir.Value) -> ir.Value:
 
 
 def _attention(drawing: _Drawing, layer: Layer, index: int, normed: ir.Value, past: tuple[ir.Value, ir.Value]) -> tuple[ir.Value, list[ir.Value]]:
-    """(attention output [T, hidden], presents)."""
+    """(attention output, presents)."""
     nodes, decoder = drawing.nodes, drawing.decoder
     query, key, value = _queries(drawing, index, _multiply(drawing, layer.qkv, normed))
     call = AttentionCall(
@@ -203,6 +210,8 @@ def _attention(drawing: _Drawing, layer: Layer, index: int, normed: ir.Value, pa
     cache = ("batch_size", decoder.kv_heads, "total_sequence_length", decoder.head_size)
     for present in presents:
         present.shape, present.type = ir.Shape(cache), ir.TensorType(nodes.target.float_type)
+    if drawing.flat:
+        attended = nodes.op("Reshape", attended, nodes.constant([-1, decoder.query_size]))
     return _multiply(drawing, layer.output, attended), presents
 
 
@@ -224,19 +233,22 @@ def _rotary(drawing: _Drawing, kind: str | None) -> Rotary | None:
 
 
 def _queries(drawing: _Drawing, index: int, packed: ir.Value) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
-    """What attention gets as query, key, value: all three packed in the first, or apart where queries and keys are normalised."""
+    """What attention gets as query, key, value, [B, S, features]: all three packed in the first, or apart where queries and keys are normalised."""
     nodes, decoder = drawing.nodes, drawing.decoder
-    if not decoder.head_norms:
-        return packed, None, None
     sizes = (decoder.query_size, decoder.kv_size, decoder.kv_size)
+    if not decoder.head_norms:
+        return drawing.spread(packed, sum(sizes)) if drawing.flat else packed, None, None
     query, key, value = nodes.op("Split", packed, nodes.constant(sizes), axis=-1, outputs=3)
 
-    def normalise(x: ir.Value, role: str) -> ir.Value:
-        if decoder.head_norms == "head":
-            x = nodes.op("Reshape", x, nodes.constant([-1, decoder.head_size]))
-        return drawing.dialect.norm(nodes, x, drawing.norm(decoder.module(role, index)))
+    by_head = decoder.head_norms == "head"
 
-    return normalise(query, "query_norm"), normalise(key, "key_norm"), value
+    def normalise(x: ir.Value, role: str, features: int) -> ir.Value:
+        x = nodes.op("Reshape", x, nodes.constant([-1, decoder.head_size])) if by_head else x
+        normed = drawing.dialect.norm(nodes, x, drawing.norm(decoder.module(role, index)))
+        return drawing.spread(normed, features) if drawing.flat or by_head else normed
+
+    value = drawing.spread(value, decoder.kv_size) if drawing.flat else value
+    return normalise(query, "query_norm", decoder.query_size), normalise(key, "key_norm", decoder.kv_size), value
 
 
 def _feed_forward(drawing: _Drawing, feed: Feed | Mixture, normed: ir.Value) -> ir.Value:
@@ -245,37 +257,36 @@ def _feed_forward(drawing: _Drawing, feed: Feed | Mixture, normed: ir.Value) -> 
         assert decoder.experts is not None
         products = Products(partial(_multiply, drawing), partial(_feed_forward, drawing))
         return draw_mixture(nodes, feed, decoder.experts, normed, products)
-    first = _multiply(drawing, feed.into[0], normed)
-    if len(feed.into) == 2:
-        gate, up = first, _multiply(drawing, feed.into[1], normed)
-    elif feed.into[0].total_rows == 2 * feed.down.columns:
-        gate, up = nodes.op("Split", first, nodes.constant([feed.down.columns] * 2), axis=-1, outputs=2)
-    else:
-        return _multiply(drawing, feed.down, drawing.dialect.activate(nodes, first, decoder.activation))
-    activated = drawing.dialect.activate(nodes, gate, decoder.activation)
-    return _multiply(drawing, feed.down, nodes.op("Mul", activated, up))
+    first, *up = (_multiply(drawing, matrix, normed) for matrix in feed.into)
+    activated = drawing.dialect.activate(nodes, first, decoder.activation)
+    return _multiply(drawing, feed.down, nodes.op("Mul", activated, *up) if up else activated)
 
 
 def _head(drawing: _Drawing, head: Matrix, normed: ir.Value, keep: ir.Value) -> ir.Value:
     """Logits [B, kept positions, vocab]."""
     nodes, decoder = drawing.nodes, drawing.decoder
-    with nodes.scope("head"):
-        lengths = nodes.op("Shape", drawing.ids)
-        by_row = nodes.op("Reshape", normed, nodes.op("Concat", lengths, nodes.constant([decoder.hidden]), axis=0))
-        kept = nodes.op("Slice", by_row, _first_kept(nodes, lengths, keep), nodes.constant([_END]), nodes.constant([1]))
-        flat = nodes.op("Reshape", kept, nodes.constant([-1, decoder.hidden]))
-        scores = drawing.capped(drawing.scaled(_multiply(drawing, head, flat), decoder.scales.logits), decoder.scales.logit_softcap)
-        back = nodes.op("Concat", nodes.op("Slice", nodes.op("Shape", kept), nodes.constant([0]), nodes.constant([2])), nodes.constant([decoder.vocab]), axis=0)
     final = nodes.target.logits_type
-    if final == nodes.target.float_type:
-        logits = nodes.op("Reshape", scores, back, outputs=["logits"])
-    else:
-        logits = nodes.op("Cast", nodes.op("Reshape", scores, back), to=final, outputs=["logits"])
-    logits.shape, logits.type = ir.Shape(("batch_size", "logits_length", decoder.vocab)), ir.TensorType(final)
+    with nodes.scope("head"):
+        by_row = drawing.spread(normed, decoder.hidden) if drawing.flat else normed
+        kept = nodes.op("Slice", by_row, _first_kept(drawing, keep), nodes.constant([_END]), nodes.constant([1]))
+        rows = nodes.op("Reshape", kept, nodes.constant([-1, decoder.hidden])) if drawing.flat else kept
+        logits = drawing.capped(drawing.scaled(_multiply(drawing, head, rows), decoder.scales.logits), decoder.scales.logit_softcap)
+        if drawing.flat:
+            lengths = nodes.op("Slice", nodes.op("Shape", kept), nodes.constant([0]), nodes.constant([2]))
+            logits = nodes.op("Reshape", logits, nodes.op("Concat", lengths, nodes.constant([decoder.vocab]), axis=0))
+        if final != nodes.target.float_type:
+            logits = nodes.op("Cast", logits, to=final)
+    logits.name, logits.shape, logits.type = "logits", ir.Shape(("batch_size", "logits_length", decoder.vocab)), ir.TensorType(final)
     return logits
 
 
-def _first_kept(nodes: Nodes, lengths: ir.Value, keep: ir.Value) -> ir.Value:
-    """int64 [1]: the first position whose logits are wanted; 0 where ``keep`` is 0. Reckoned from a shape so that it stays on the host on every provider."""
-    new = nodes.op("Slice", lengths, nodes.constant([1]), nodes.constant([2]))
+def _first_kept(drawing: _Drawing, keep: ir.Value) -> ir.Value:
+    """int64 [1]: the first position whose logits are wanted, counted from the end; 0, the very first, where ``keep`` is 0.
+
+    On CUDA it is reckoned from a shape, so that it stays on the host, where ``Slice`` wants it.
+    """
+    nodes = drawing.nodes
+    if nodes.target.provider == "cpu":
+        return nodes.op("Neg", keep)
+    new = nodes.op("Slice", nodes.op("Shape", drawing.ids), nodes.constant([1]), nodes.constant([2]))
     return nodes.op("Mod", nodes.op("Sub", new, nodes.op("Min", keep, new)), new)

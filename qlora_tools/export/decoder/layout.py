@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 
 from qlora_tools.export.decoder.matrices import Feed, Matrix, Mixture
 from qlora_tools.export.decoder.mixture import mixture_of
+from qlora_tools.export.formats.blocks import Blocks
 from qlora_tools.export.formats.format import WeightFormat
+from qlora_tools.export.formats.normal_floats import NormalFloats
 from qlora_tools.export.schemes import Scheme
 from qlora_tools.export.target import CPU, Target
 from qlora_tools.models.decoder import Decoder, Piece
@@ -47,6 +49,12 @@ class Layout:
     positions: Matrix | None = None
     """Table of learned positions."""
 
+    @property
+    def flat(self) -> bool:
+        """Whether some product takes tokens in one row only: ``QGemm``, ``Gemm``, or a mixture's."""
+        multiplied = [self.head, *(matrix for layer in self.layers for matrix in layer.matrices())]
+        return not all(isinstance(matrix.format, Blocks | NormalFloats) for matrix in multiplied)
+
     def matrices(self) -> Iterator[Matrix]:
         """Every stored matrix once, in the order of the file."""
         yield self.embedding
@@ -70,9 +78,8 @@ def layout_of(decoder: Decoder, scheme: Scheme, table_dtype: str, target: Target
         if decoder.experts is not None and decoder.mixes(index):
             return mixture_of(decoder, decoder.experts, scheme, index)
         base = f"layers.{index}"
-        packed = decoder.gated and scheme.packs_feed(2 * decoder.intermediate, decoder.hidden)
-        apart = (("gate", ("gate",)), ("up", ("up",))) if decoder.gated else (("up", ("up",)),)
-        into = tuple(matrix(f"{base}.{name}", roles, index) for name, roles in ((("gate_up", ("gate", "up")),) if packed else apart))
+        roles = ("gate", "up") if decoder.gated else ("up",)  # one matrix for both was tried: copying the halves costs what one pass less spares
+        into = tuple(matrix(f"{base}.{role}", (role,), index) for role in roles)
         return Feed(into, matrix(f"{base}.down", ("down",), index))
 
     def layer_of(index: int) -> Layer:

@@ -65,7 +65,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Feed:
-    """A feed-forward. ``into``: ``gate_up`` in one, or ``gate`` and ``up``, or ``up`` alone where nothing is gated."""
+    """A feed-forward. ``into``: ``gate`` and ``up``, those of all experts in one (``gate_up``), or ``up`` alone where nothing is gated."""
 
     into: tuple[Matrix, ...]
     down: Matrix

@@ -57,18 +57,10 @@ class _Part:
         return Matrix(f"layers.{self.layer}.{name}", form, pieces, columns, unbiased, self.scheme.target.compute, woven=woven, joint=joint)
 
     def feed(self, name: str, roles: tuple[str, ...], into: WeightFormat, down: WeightFormat, of: tuple[int | None, ...] = (None,)) -> Feed:
-        """Gate and up lie in one matrix where the scheme packs them."""
-        rows, columns = self.experts.linear_shape(roles[0], self.decoder.hidden)
-        halves: tuple[Matrix, ...]
-        if self.scheme.packs_feed(2 * rows, columns):
-            halves = (self.matrix(f"{name}.gate_up", roles[:2], into, of),)
-        else:
-            halves = (self.matrix(f"{name}.gate", roles[:1], into, of), self.matrix(f"{name}.up", roles[1:2], into, of))
+        halves = (self.matrix(f"{name}.gate", roles[:1], into, of), self.matrix(f"{name}.up", roles[1:2], into, of))
         return Feed(halves, self.matrix(f"{name}.down", roles[2:3], down, of))
 
     def shared(self) -> Feed:
         """The expert that sees every token is stored like any feed-forward."""
         rows, columns = self.experts.linear_shape(SHARED_ROLES[0], self.decoder.hidden)
-        packed = self.scheme.packs_feed(2 * rows, columns)
-        into = self.scheme.linear("gate_up" if packed else "gate", 2 * rows if packed else rows, columns)
-        return self.feed("shared", SHARED_ROLES, into, self.scheme.linear("down", columns, rows))
+        return self.feed("shared", SHARED_ROLES, self.scheme.linear("gate", rows, columns), self.scheme.linear("down", columns, rows))

@@ -161,7 +161,7 @@ def _run_graph(
     graph's provider."""
     offsets = place(export.plan.outputs)[0]
     specs = {spec.name: spec for spec in export.plan.outputs} | {spec.name: spec for matrix in layout.matrices() for spec in matrix.specs()}
-    specs |= {spec.name: spec for spec in fixed_specs(branches, layout, export.target)}
+    specs |= {spec.name: spec for spec in fixed_specs(branches, layout.matrices(), export.target)}
     graph, file = folder / _GRAPH_FILE, folder / _ADAPTER_FILE
     model = build_graph(decoder, layout, specs, offsets, export.target, branches.inputs)
     host, here = host_nodes(model), runs_here(export.target)

@@ -14,10 +14,10 @@ from functools import partial
 import torch
 
 from qlora_tools.checkpoint.logical import LogicalCheckpoint
-from qlora_tools.checkpoint.statistics import HELD_OUT, INPUT, Statistics
+from qlora_tools.checkpoint.statistics import Statistics
 from qlora_tools.engine.plan import Outcome, Plan, Read, Source, Unit, Write, row_tiles, tile_label
 from qlora_tools.errors import IncompatibleError, MissingError, NonFiniteError
-from qlora_tools.export.calibrated import Factors
+from qlora_tools.export.calibrated import Calibration
 from qlora_tools.export.decoder.graph import cache_names
 from qlora_tools.export.decoder.layout import Layout, Vector
 from qlora_tools.export.decoder.matrices import Matrix
@@ -32,8 +32,8 @@ from qlora_tools.names import nearest, shortened
 from qlora_tools.quant.codec import Stored
 from qlora_tools.specs import TensorSpec, dtype
 
-#: Names of the plan's sources: dense tensors, what calibration measured, and the tensors behind quantized ones as they lie.
-MODEL, STATISTICS, STORED = "model", "statistics", "stored"
+#: Names of the plan's sources, beside that of the statistics: dense tensors, and the tensors behind quantized ones as they lie.
+MODEL, STORED = "model", "stored"
 _ROTARY_ROWS = 1 << 15
 #: Buffers that some checkpoints hold beside their weights: masks, and frequencies that the config gives too.
 _BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|attn\.(masked_)?bias)$")
@@ -51,7 +51,7 @@ def plan_weights(source: Source, decoder: Decoder, layout: Layout, statistics: S
     for kind, rope in decoder.ropes.items():
         outputs += [TensorSpec(name, layout.compute, (rope.rows(decoder.max_positions), rope.size // 2)) for name in cache_names(kind)]
         units += _rotary(cache_names(kind), rope, decoder.max_positions, layout.compute)
-    calibration = _Calibration(statistics) if statistics is not None else None
+    calibration = Calibration(statistics) if statistics is not None else None
     for vector in layout.norms:
         outputs.append(TensorSpec(vector.name, layout.compute, (vector.size,)))
         units.append(_norm(vector, layout.compute))
@@ -111,26 +111,7 @@ def _norm(vector: Vector, compute: str) -> Unit:
     return Unit(vector.name, (Read(MODEL, vector.name),), (Write(vector.name),), shifted)
 
 
-class _Calibration:
-    """What the plan needs of the statistics. Weights that share their input follow each other, and so share the factor of its moments."""
-
-    def __init__(self, statistics: Statistics) -> None:
-        self._statistics = statistics
-        self._factors = Factors()
-
-    def reads(self, weight: str) -> tuple[Read, ...]:
-        """Moments that teach and that judge, where the statistics hold the inputs of ``weight``."""
-        learn = self._statistics.name_of(INPUT, weight)
-        if learn is None:
-            return ()
-        judge = self._statistics.name_of(HELD_OUT, weight) or learn
-        return Read(STATISTICS, learn), Read(STATISTICS, judge)
-
-    def moments(self, learn: Read, learn_II: torch.Tensor, judge_II: torch.Tensor) -> Moments:
-        return Moments(learn_II, judge_II, self._factors.of(learn.name, learn_II))
-
-
-def _matrix(matrix: Matrix, calibration: _Calibration | None, source: Source) -> Iterator[Unit]:
+def _matrix(matrix: Matrix, calibration: Calibration | None, source: Source) -> Iterator[Unit]:
     """Units that encode each piece's rows into the matrix's parts, and collect the biases."""
     if matrix.woven:
         yield from _woven(matrix)
@@ -147,7 +128,7 @@ def _matrix(matrix: Matrix, calibration: _Calibration | None, source: Source) ->
                 yield Unit(f"{piece.module}.bias", (), (target,), _zeros(matrix.bias, piece.rows, matrix.compute))
 
 
-def _encoded(matrix: Matrix, calibration: _Calibration | None, source: Source) -> Iterator[Unit]:
+def _encoded(matrix: Matrix, calibration: Calibration | None, source: Source) -> Iterator[Unit]:
     specs = matrix.format.parts(matrix.name, matrix.total_rows, matrix.columns)
     for piece, offset in matrix.placed():
         weight = f"{piece.module}.weight"
@@ -187,7 +168,7 @@ def _adopting(matrix: Matrix, held: Stored) -> Callable[..., Outcome]:
     return adopt
 
 
-def _assembled(matrix: Matrix, form: StandardBlocks, calibration: _Calibration | None) -> Unit:
+def _assembled(matrix: Matrix, form: StandardBlocks, calibration: Calibration | None) -> Unit:
     """All pieces at once, for a format whose parts do not begin with the rows."""
     reads, turns = zip(*(_reading(piece, 0, piece.rows, lambda rows_OI: Outcome({"": rows_OI})) for piece in matrix.pieces), strict=True)
     moments = calibration.reads(reads[0].name) if calibration else ()

@@ -8,7 +8,7 @@ from typing import Any
 import onnx_ir as ir
 
 from qlora_tools.errors import UnsupportedError
-from qlora_tools.export.dialects.dialect import AttentionCall, NormCall, layer_norm, lifted, parts_of, spread
+from qlora_tools.export.dialects.dialect import AttentionCall, NormCall, layer_norm, lifted
 from qlora_tools.export.nodes import CONTRIB, Nodes
 
 
@@ -72,14 +72,13 @@ class Contrib:
         raise UnsupportedError(f"activation `{kind}` has no operator here")
 
     def attention(self, nodes: Nodes, call: AttentionCall, shared: _Lengths) -> tuple[ir.Value, ir.Value, ir.Value]:
-        query, key, value = (None if part is None else spread(nodes, part, shared.shape, size) for part, size in parts_of(call))
         caches = [] if call.rotary is None else [nodes.stored(call.rotary.cos), nodes.stored(call.rotary.sin), call.rotary.rows_BS]
         options: dict[str, Any] = {"do_rotary": int(call.rotary is not None), "rotary_interleaved": 0}
         if call.softcap:
             options["softcap"] = call.softcap
         attended, *presents = nodes.contrib(
             "GroupQueryAttention",
-            *(query, key, value, call.past_key, call.past_value, shared.last_B, shared.total, *caches),
+            *(call.query, call.key, call.value, call.past_key, call.past_value, shared.last_B, shared.total, *caches),
             outputs=[f"layers.{call.layer}/attended", f"present.{call.layer}.key", f"present.{call.layer}.value"],
             num_heads=call.heads,
             kv_num_heads=call.kv_heads,
@@ -87,4 +86,4 @@ class Contrib:
             local_window_size=-1 if call.window is None else call.window,
             **options,
         )
-        return nodes.op("Reshape", attended, nodes.constant([-1, call.heads * call.head_size])), presents[0], presents[1]
+        return attended, presents[0], presents[1]

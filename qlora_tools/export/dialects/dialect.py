@@ -38,7 +38,7 @@ class Rotary:
 
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
-    """One layer's attention. Without ``key`` and ``value``, ``query`` holds all three side by side, [T, (heads + 2 kv_heads) * head_size]."""
+    """One layer's attention. Without ``key`` and ``value``, ``query`` holds all three side by side, [B, S, (heads + 2 kv_heads) * head_size]."""
 
     layer: int
     query: ir.Value
@@ -90,19 +90,7 @@ class Dialect(Protocol):
         """
 
     def attention(self, nodes: Nodes, call: AttentionCall, shared: Any) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """(attended [T, heads * head_size], present key, present value), the presents named ``present.{layer}.key`` and ``.value``."""
-
-
-def parts_of(call: AttentionCall) -> list[tuple[ir.Value | None, int]]:
-    """Query, key and value with their features."""
-    query, other = call.heads * call.head_size, call.kv_heads * call.head_size
-    return [(call.query, query if call.key is not None else query + 2 * other), (call.key, other), (call.value, other)]
-
-
-def spread(nodes: Nodes, x: ir.Value, batch_sequence: ir.Value, features: int) -> ir.Value:
-    """[T, features] -> [B, S, features]."""
-    (shape,) = nodes.once(f"shape {features}", batch_sequence, lambda: (nodes.op("Concat", batch_sequence, nodes.constant([features]), axis=0),))
-    return nodes.op("Reshape", x, shape)
+        """(attended [B, S, heads * head_size], present key, present value), the presents named ``present.{layer}.key`` and ``.value``."""
 
 
 def lifted(nodes: Nodes, scalar: ir.Value) -> ir.Value:

@@ -15,7 +15,7 @@ from typing import Any
 import onnx_ir as ir
 
 from qlora_tools.errors import UnsupportedError
-from qlora_tools.export.dialects.dialect import AttentionCall, NormCall, Rotary, layer_norm, spread
+from qlora_tools.export.dialects.dialect import AttentionCall, NormCall, Rotary, layer_norm
 from qlora_tools.export.nodes import Nodes
 
 
@@ -23,8 +23,6 @@ from qlora_tools.export.nodes import Nodes
 class _Sight:
     """What all layers share. ``masks``: bool [B, 1, S, T] by window width, made when first asked for."""
 
-    shape: ir.Value
-    """int64 [2]: (B, S)."""
     positions_BS: ir.Value
     keys_T: ir.Value
     queries_S1: ir.Value
@@ -57,7 +55,7 @@ class Standard:
             real = nodes.op("Unsqueeze", nodes.op("Cast", mask_BT, to=ir.DataType.BOOL), nodes.constant([1, 2]))
             itself = nodes.op("Equal", keys_T, queries_S1)  # a padding query must see something, or its softmax is empty
             before = nodes.op("LessOrEqual", keys_T, queries_S1)
-            return _Sight(shape, positions_BS, keys_T, queries_S1, nodes.op("And", nodes.op("Or", real, itself), before))
+            return _Sight(positions_BS, keys_T, queries_S1, nodes.op("And", nodes.op("Or", real, itself), before))
 
     def positions(self, nodes: Nodes, shared: _Sight) -> ir.Value:
         return shared.positions_BS
@@ -81,7 +79,7 @@ class Standard:
         raise UnsupportedError(f"activation `{kind}` has no operator here")
 
     def attention(self, nodes: Nodes, call: AttentionCall, shared: _Sight) -> tuple[ir.Value, ir.Value, ir.Value]:
-        query, key, value = (spread(nodes, x, shared.shape, heads * call.head_size) for x, heads in zip(_separate(nodes, call), _heads(call), strict=True))
+        query, key, value = _separate(nodes, call)
         if call.rotary is not None:
             query, key = (_rotated(nodes, x, heads, call, call.rotary, shared) for x, heads in ((query, call.heads), (key, call.kv_heads)))
         options: dict[str, Any] = {"softcap": call.softcap} if call.softcap else {}
@@ -94,7 +92,7 @@ class Standard:
             scale=call.scale,
             **options,
         )
-        return nodes.op("Reshape", attended, nodes.constant([-1, call.heads * call.head_size])), presents[0], presents[1]
+        return attended, presents[0], presents[1]
 
 
 def _heads(call: AttentionCall) -> tuple[int, int, int]:
@@ -102,7 +100,7 @@ def _heads(call: AttentionCall) -> tuple[int, int, int]:
 
 
 def _separate(nodes: Nodes, call: AttentionCall) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """Query, key and value, each [T, its features]."""
+    """Query, key and value, each [B, S, its features]."""
     if call.key is not None and call.value is not None:
         return call.query, call.key, call.value
     sizes = [heads * call.head_size for heads in _heads(call)]

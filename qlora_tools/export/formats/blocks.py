@@ -56,6 +56,10 @@ class Blocks:
     def count(self, columns: int) -> int:
         return -(-columns // self.block)
 
+    @property
+    def carried(self) -> str:
+        return f"int{self.bits}"
+
     def parts(self, name: str, rows: int, columns: int) -> tuple[TensorSpec, ...]:
         """Rows rounded up to the multiple; those that are too many are encoded from zeros by whoever fills the tensors."""
         blocks, rows = self.count(columns), -(-rows // self.multiple) * self.multiple
@@ -135,7 +139,7 @@ class Blocks:
             return nodes.contrib("MatMulNBits", x_TI, *weight, *[None] * (4 - len(weight)), bias, **options)
         y = nodes.contrib("MatMulNBits", x_TI, *weight, **options)
         if stored > rows:
-            y = nodes.op("Slice", y, nodes.constant([0]), nodes.constant([rows]), nodes.constant([1]))
+            y = nodes.op("Slice", y, nodes.constant([0]), nodes.constant([rows]), nodes.constant([-1]))
         return y if bias is None else nodes.op("Add", y, bias)
 
     def gather(self, nodes: Nodes, ids_T: ir.Value, name: str, columns: int) -> ir.Value:

@@ -20,6 +20,10 @@ class Dense:
     stored: str = "F32"
     compute: str = "F32"
 
+    @property
+    def carried(self) -> str:
+        return {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}[self.stored]
+
     def parts(self, name: str, rows: int, columns: int) -> tuple[TensorSpec, ...]:
         return (TensorSpec(name, self.stored, (rows, columns)),)
 

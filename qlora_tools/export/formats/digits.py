@@ -59,6 +59,10 @@ class Digits:
         width = -(-columns // count // 64) * 64
         return tuple(min(width, columns - start) for start in range(0, columns, width))
 
+    @property
+    def carried(self) -> str:
+        return "int8"
+
     def parts(self, name: str, rows: int, columns: int) -> tuple[TensorSpec, ...]:
         specs: list[TensorSpec] = []
         for group, width in enumerate(self.groups(columns)):

@@ -31,6 +31,10 @@ class Moments:
 
 
 class WeightFormat(Protocol):
+    @property
+    def carried(self) -> str:
+        """What the weight becomes, in the words of schemes: ``int4``, ``int8``, ``nf4``, ``fp32``, ``fp16``, ``bf16``."""
+
     def parts(self, name: str, rows: int, columns: int) -> tuple[TensorSpec, ...]:
         """Specs of the tensors that carry the weight ``name`` of shape [rows, columns]; axis 0 of each is rows, or a few more."""
 

@@ -40,6 +40,10 @@ class NormalFloats:
         """Whether blocks of 64 do not straddle rows of so many columns."""
         return columns % BLOCK == 0
 
+    @property
+    def carried(self) -> str:
+        return "nf4"
+
     def parts(self, name: str, rows: int, columns: int) -> tuple[TensorSpec, ...]:
         assert self.fits(columns), f"{name}: {columns} columns are not whole blocks"
         return TensorSpec(name, "U8", (rows, columns // 2)), TensorSpec(f"{name}.absmax", self.compute, (rows, columns // BLOCK))

@@ -38,6 +38,10 @@ class StandardBlocks:
         """The same codes and scales, output by output."""
         return Blocks(self.bits, self.block, compute=self.compute)
 
+    @property
+    def carried(self) -> str:
+        return f"int{self.bits}"
+
     def parts(self, name: str, rows: int, columns: int) -> tuple[TensorSpec, ...]:
         inputs = self.by_rows.count(columns) * self.block
         codes = TensorSpec(name, "I8", (inputs, rows)) if self.bits == 8 else TensorSpec(name, "U8", (-(-inputs * rows // 2),))

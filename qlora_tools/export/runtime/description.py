@@ -46,10 +46,10 @@ def describe(folder: Path) -> Description:
     Raises:
         CorruptError: a file that is not what its name says. UnsupportedError: a library of custom operators.
     """
-    generation = _read(folder / GENERATION_CONFIG)
+    generation = read_beside(folder / GENERATION_CONFIG)
     stops = _tokens(generation.get("eos_token_id"))
     path = folder / GENAI_CONFIG
-    content = _read(path)
+    content = read_beside(path)
     if not content:
         return Description(_context(folder / "config.json"), stop_tokens=stops, search=generation)
     try:
@@ -76,12 +76,17 @@ def describe(folder: Path) -> Description:
 
 def _context(path: Path) -> int | None:
     """The number of positions in a model's own config.json."""
-    config = _read(path)
+    config = read_beside(path)
     found = config.get("max_position_embeddings", config.get("n_positions"))
     return found if isinstance(found, int) else None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_beside(path: Path) -> dict[str, Any]:
+    """The object in a JSON file beside a graph; empty where there is no such file.
+
+    Raises:
+        CorruptError: not JSON, or no object.
+    """
     if not path.is_file():
         return {}
     try:

@@ -2,6 +2,9 @@
 
 On CUDA a session is asked for graph capture first: a step of decoding is then replayed as one launch. ONNX Runtime refuses such a
 session when a node is not CUDA's; it is then loaded again without, and says so in ``Loaded.uncaptured``.
+
+How the runtime takes memory of the device is an :class:`Allocation`. There are two allocators: the session's arena for weights and
+everything between, and the Python module's own for values made outside a session (keys and values of the past, logits); both follow it.
 """
 
 from __future__ import annotations
@@ -9,12 +12,14 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as bindings
 
 from qlora_tools.errors import CorruptError, MissingError, OutOfMemory, UsageError
 from qlora_tools.export.placement import RECORD
@@ -22,39 +27,139 @@ from qlora_tools.export.runtime.description import Description
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _CAPTURE = "enable_cuda_graph"
-_ERRORS_ONLY = 3
+_INFORMATION, _ERRORS_ONLY = 1, 3
+_EXTEND, _LIMIT, _WEIGHTS_OUTSIDE = "arena_extend_strategy", "gpu_mem_limit", "session.use_device_allocator_for_initializers"
+_EXACT, _DOUBLING = "kSameAsRequested", "kNextPowerOfTwo"
+#: What a folder's files may say about taking memory, left out where the runtime's defaults are asked for.
+_ALLOCATING = {_EXTEND, _LIMIT, _WEIGHTS_OUTSIDE, "cudnn_conv_use_max_workspace", "enable_mem_pattern", "enable_cpu_mem_arena"}
+_MODES = ("runtime", "deployed", "lean")
+#: What allocators say; the last is an arena's at its limit.
+_NO_ROOM = ("allocate memory", "out of memory", "bad_alloc", "is smaller than requested bytes")
 _FIELDS = {"enable_cpu_mem_arena": "enable_cpu_mem_arena", "enable_mem_pattern": "enable_mem_pattern"}
 _LEVELS = ("ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED", "ORT_ENABLE_LAYOUT", "ORT_ENABLE_ALL")
 
 
 @dataclass(frozen=True)
+class Allocation:
+    """How memory of a device is taken; nothing changes on the CPU.
+
+    ``runtime``: what texts are generated with: arenas grow by what is asked for, unless the folder's files say otherwise. ``deployed``: the
+    defaults of ONNX Runtime, whose arenas grow by doubling, whatever the files say. ``lean``: by what is asked for, weights outside the arena,
+    and every step of the arenas logged on standard error, for measuring. ``limit_bytes``: the most that the session's arena may hold.
+
+    Raises:
+        UsageError: another mode, or a limit below 1.
+    """
+
+    mode: str = "runtime"
+    limit_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in _MODES:
+            raise UsageError(f"memory {self.mode!r}: expected one of {', '.join(_MODES)}")
+        if self.limit_bytes is not None and self.limit_bytes < 1:
+            raise UsageError(f"memory_limit is {self.limit_bytes} bytes, expected 1 or more")
+
+    def provider_options(self, given: Mapping[str, str]) -> dict[str, str]:
+        """The options of the device's provider; ``given`` are the files'."""
+        if self.mode == "deployed":
+            options = {name: value for name, value in given.items() if name not in _ALLOCATING}
+        else:
+            options = {_EXTEND: _EXACT, **given, **({_EXTEND: _EXACT} if self.mode == "lean" else {})}
+        return {**options, _LIMIT: str(self.limit_bytes)} if self.limit_bytes is not None else options
+
+    def session_options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        if self.mode == "deployed":
+            return {name: value for name, value in given.items() if name not in _ALLOCATING}
+        return {**given, **({_WEIGHTS_OUTSIDE: "1"} if self.mode == "lean" else {})}
+
+    def prepare(self) -> None:
+        """The module's own allocator, which takes effect with its first value, and the log."""
+        ort.set_default_logger_severity(_ERRORS_ONLY)  # the next call warns on standard error that it is deprecated; nothing else reaches this allocator
+        if hasattr(bindings, "set_arena_extend_strategy"):
+            bindings.set_arena_extend_strategy(getattr(bindings.ArenaExtendStrategy, _DOUBLING if self.mode == "deployed" else _EXACT))
+        if self.mode == "lean":
+            ort.set_default_logger_severity(_INFORMATION)
+
+    def told(self, device: str) -> str | None:
+        """For a record: what was asked for, ``None`` where it is the usual."""
+        if self == Allocation():
+            return None
+        words = self.mode if self.limit_bytes is None else f"{self.mode}, at most {self.limit_bytes} bytes"
+        return f"{words}: changes nothing on the CPU" if device == "cpu" else words
+
+
+@dataclass(frozen=True)
 class Loaded:
-    """``captures``: runs with a graph id are captured and replayed. ``uncaptured``: why not, where it was asked for."""
+    """``captures``: runs with a graph id are captured and replayed. ``uncaptured``: why not, where it was asked for. ``memory``: :meth:`Allocation.told`."""
 
     session: Any
     captures: bool = False
     uncaptured: str | None = None
+    memory: str | None = None
 
 
-def load(path: Path, threads: int, device: str, description: Description) -> Loaded:
-    """Load the graph at ``path``.
+def load(path: Path, threads: int, device: str, description: Description, *, memory: str = "runtime", memory_limit: int | None = None) -> Loaded:
+    """Load the graph at ``path``. ``memory``, ``memory_limit``: the mode and the bytes of an :class:`Allocation`.
 
     Raises:
-        MissingError: no such file. UsageError: the device's provider is not in this onnxruntime, or does not start. CorruptError: ONNX
+        MissingError: no such file. UsageError: another mode; the device's provider is not in this onnxruntime, or does not start. CorruptError: ONNX
         Runtime refuses the graph. OutOfMemory: it does not fit.
     """
     if not path.is_file():
         raise MissingError(f"{path.parent} holds no {path.name}", hint="make an export with `qlt export`")
     check_device(device)
-    options = {"arena_extend_strategy": "kSameAsRequested", **description.providers.get(device, {})} if device != "cpu" else {}
+    allocation, options = Allocation(memory, memory_limit), dict[str, str]()
+    told = allocation.told(device)
+    if device != "cpu":
+        options = allocation.provider_options(description.providers.get(device, {}))
+        description = replace(description, session_options=allocation.session_options(description.session_options))
+        allocation.prepare()
+        _check_limit(path, memory_limit)
     wanted = device == "cuda" and description.shared_buffer and options.get(_CAPTURE, "1") == "1"
     if not wanted:
-        return Loaded(_open(path, threads, device, options, description))
+        return Loaded(_open(path, threads, device, options, description), memory=told)
     try:
-        return Loaded(_open(path, threads, device, {**options, _CAPTURE: "1"}, description), captures=True)
+        return Loaded(_open(path, threads, device, {**options, _CAPTURE: "1"}, description), captures=True, memory=told)
     except CorruptError as error:
         plain = _open(path, threads, device, {**options, _CAPTURE: "0"}, description)  # raises anew if capture was not the reason
-        return Loaded(plain, uncaptured=str(error))
+        return Loaded(plain, uncaptured=str(error), memory=told)
+
+
+def open_one_operator(*, device: str, memory: str = "lean") -> Any:
+    """A session of one small product of matrices, run once: what the runtime takes of a device before it holds a model.
+
+    Raises:
+        As :func:`load`.
+    """
+    import numpy as np
+    from onnx import TensorProto, helper
+
+    node = helper.make_node("MatMul", ["x", "x"], ["y"])
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [16, 16]) for name in "xy")
+    model = helper.make_model(helper.make_graph([node], "one", [x], [y]), opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    with tempfile.TemporaryDirectory(prefix="qlt-") as folder:
+        path = Path(folder, "model.onnx")
+        path.write_bytes(model.SerializeToString())
+        session = load(path, 1, device, Description(), memory=memory).session
+    session.run(None, {"x": np.ones((16, 16), np.float32)})
+    return session
+
+
+def weights_bytes(path: Path) -> int:
+    """Of the graph at ``path``: its file of weights, or itself where it holds them."""
+    data = path.with_name(f"{path.name}.data")
+    return (data if data.is_file() else path).stat().st_size
+
+
+def _check_limit(path: Path, limit_bytes: int | None) -> None:
+    """An arena whose weights exceed its limit has none: ONNX Runtime 1.31 takes the difference without a sign.
+
+    Raises:
+        OutOfMemory: the weights alone are more than the limit.
+    """
+    if limit_bytes is not None and weights_bytes(path) > limit_bytes:
+        raise OutOfMemory(f"{path} holds {weights_bytes(path)} bytes of weights, more than the limit of {limit_bytes}", hint="raise memory_limit")
 
 
 def check_device(device: str) -> None:
@@ -68,7 +173,7 @@ def check_device(device: str) -> None:
 def named_failure(error: Exception, path: Path, did: str = "run") -> Exception:
     """The error to raise for one of ONNX Runtime's while it loads or runs ``path``."""
     text = str(error)
-    if "llocate memory" in text or "out of memory" in text.lower() or "bad_alloc" in text:
+    if any(words in text.lower() for words in _NO_ROOM):
         return OutOfMemory(f"{path} does not fit into the device's memory: {text[:300]}", hint="use a smaller scheme, a shorter text or a smaller batch")
     return CorruptError(f"{path} does not {did} in onnxruntime {ort.__version__}: {text}", hint="export again with this version")
 

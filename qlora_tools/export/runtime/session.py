@@ -25,7 +25,7 @@ from qlora_tools.export.placement import Placed, assigned
 from qlora_tools.export.runtime.adapters import Adapter, adapters_beside, factor_inputs, find_adapter, read_adapter
 from qlora_tools.export.runtime.cache import Cache, GrowingCache, SharedCache, Slot
 from qlora_tools.export.runtime.description import Description, describe
-from qlora_tools.export.runtime.loading import is_runtime_error, load, named_failure
+from qlora_tools.export.runtime.loading import is_runtime_error, load, named_failure, weights_bytes
 from qlora_tools.export.runtime.sampling import GREEDY, Sampler, Sampling
 from qlora_tools.export.runtime.values import INTEGERS, empty, filled, kind_of, on_host, read, vector, widened
 
@@ -40,16 +40,20 @@ _SWITCH = "rotary_switch"
 class DecoderSession:
     """A loaded graph, the past of one batch of sequences, and the adapter in use. ``device``: ``cpu``, ``cuda``, or ``auto``, the graph's own.
 
+    ``memory``, ``memory_limit``: how the device's memory is taken, see ``loading.Allocation``.
+
     Raises:
         MissingError: no graph in ``folder``. UsageError: the device's provider is not in this onnxruntime.
         CorruptError: ONNX Runtime refuses the graph. UnsupportedError: not a decoder.
     """
 
-    def __init__(self, folder: Path, *, threads: int, device: str = "cpu", file_name: str = "model.onnx") -> None:
+    def __init__(
+        self, folder: Path, *, threads: int, device: str = "cpu", file_name: str = "model.onnx", memory: str = "runtime", memory_limit: int | None = None
+    ) -> None:
         described = describe(folder)
         device = described.device if device == "auto" else device
         self._folder, self._path, self._device, self._threads = folder, folder / file_name, device, threads
-        self._loaded = load(self._path, threads, device, described)
+        self._loaded = load(self._path, threads, device, described, memory=memory, memory_limit=memory_limit)
         self._session = self._loaded.session
         self._inputs = {value.name: value for value in self._session.get_inputs()}
         outputs = {value.name: value for value in self._session.get_outputs()}
@@ -188,17 +192,17 @@ class DecoderSession:
 
     def info(self) -> Mapping[str, Any]:
         """What a benchmark's record keeps about the engine."""
-        data = self._path.with_name(f"{self._path.name}.data")
         facts: dict[str, Any] = {
             "runtime": f"onnxruntime {ort.__version__}",
             "device": self._device,
             "provider": self._session.get_providers()[0],
             "vocab_size": self._vocab,
-            "weights_bytes": data.stat().st_size if data.is_file() else self._path.stat().st_size,
+            "weights_bytes": weights_bytes(self._path),
             "threads": self._threads,
             "max_length": self._max_length,
             "nodes": dict(Counter(node.provider for node in self.nodes())) or None,
             "adapter": None if self._adapter is None else self._adapter.path.name,
+            "memory": self._loaded.memory,
             "graph_capture": None if self._device == "cpu" else self._loaded.uncaptured or ("on" if self._loaded.captures else "off"),
         }
         return {name: value for name, value in facts.items() if value is not None}
@@ -338,9 +342,14 @@ def _slots(inputs: list[Any], described: Description) -> list[Slot]:
     return slots
 
 
-def open_engine(folder: str, *, threads: int, device: str = "cpu", adapter: str | None = None) -> DecoderSession:
-    """The factory that a benchmark names; see :class:`DecoderSession`. ``adapter``: a name or file for :meth:`DecoderSession.use`."""
-    session = DecoderSession(Path(folder), threads=threads, device=device)
+def open_engine(
+    folder: str, *, threads: int, device: str = "cpu", adapter: str | None = None, memory: str = "runtime", memory_limit: int | None = None
+) -> DecoderSession:
+    """The factory that a benchmark names; see :class:`DecoderSession`. ``adapter``: a name or file for :meth:`DecoderSession.use`.
+
+    ``memory`` and ``memory_limit`` (bytes): how the device's memory is taken, see :class:`~qlora_tools.export.runtime.loading.Allocation`.
+    """
+    session = DecoderSession(Path(folder), threads=threads, device=device, memory=memory, memory_limit=memory_limit)
     if adapter is not None:
         session.use(adapter)
     return session

@@ -92,6 +92,15 @@ def widened(kind: Kind, content: NDArray[Any]) -> NDArray[Any]:
     return wide
 
 
+def narrowed(kind: Kind, content: NDArray[Any]) -> NDArray[Any]:
+    """``content`` in the kind's carrier; fp32 is rounded to bf16 to the nearest, ties to even. Finite numbers only."""
+    if kind.name != "bf16":
+        return content.astype(kind.carrier, copy=False)
+    bits: NDArray[np.uint32] = content.astype(np.float32).view(np.uint32)
+    rounded: NDArray[np.uint16] = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return rounded
+
+
 def vector(values: list[ort.OrtValue]) -> Any:
     """What ``run_with_ortvaluevector`` takes."""
     result = OrtValueVector()

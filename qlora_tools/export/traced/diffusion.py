@@ -2,8 +2,7 @@
 
 Such a folder (``unet/`` of a pipeline) has a ``config.json`` with ``_class_name`` and no ``model_type``. Names of inputs and outputs are those that
 Optimum's ``ORTStableDiffusionPipeline`` opens: ``sample``, ``timestep`` (a float without axes), ``encoder_hidden_states``, and what a config adds
-to them, to ``out_sample``. The text encoders of a pipeline are ordinary models of transformers; autoencoders are left as they are: they run once
-an image, on feature maps whose patches would take gigabytes.
+to them, to ``out_sample``. The text encoders of a pipeline are ordinary models of transformers; the autoencoder is :mod:`.autoencoder`'s.
 """
 
 from __future__ import annotations
@@ -13,7 +12,8 @@ from typing import Any
 
 import torch
 
-from qlora_tools.errors import UnsupportedError
+from qlora_tools.errors import UnsupportedError, UsageError
+from qlora_tools.export.traced.autoencoder import CLASS, autoencoder_subject
 from qlora_tools.export.traced.inputs import Subject
 
 TASK = "denoising"
@@ -35,20 +35,19 @@ _TIME_IDS = 6
 _FOREIGN = {"addition_embed_type": (None, "text_time"), "class_embed_type": (None,), "encoder_hid_dim_type": (None, "text_proj")}
 
 
-def is_diffusion(config: Mapping[str, Any]) -> bool:
-    """True where ``config`` is of a class of diffusers."""
-    return "_class_name" in config and "model_type" not in config
-
-
-def diffusion_subject(config: Mapping[str, Any]) -> Subject:
-    """The network that ``config`` describes, with inputs of two sizes.
+def diffusion_subject(config: Mapping[str, Any], task: str | None = None) -> Subject:
+    """The network that ``config`` describes, with inputs of two sizes; of an autoencoder the half that ``task`` names.
 
     Raises:
-        UnsupportedError: diffusers is not there, another class, or a config that wants inputs with no generator.
+        UnsupportedError: diffusers is not there, another class, or a config that wants inputs with no generator. UsageError: another task.
     """
     name = str(config.get("_class_name"))
+    if name == CLASS:
+        return autoencoder_subject(config, task)
     if name not in CLASSES:
-        raise UnsupportedError(f"no export of diffusers' `{name}`", hint=f"exported are {' and '.join(CLASSES)}")
+        raise UnsupportedError(f"no export of diffusers' `{name}`", hint=f"exported are {', '.join(CLASSES)} and {CLASS}")
+    if task not in (None, TASK):
+        raise UsageError(f"`{name}` is no model for `{task}`", hint=f"leave --task out: it is {TASK}")
     for field, known in _FOREIGN.items():
         if config.get(field) not in known:
             raise UnsupportedError(f"`{field}` is `{config[field]}`: its inputs are not drawn", hint=f"exported are {', '.join(map(str, known))}")

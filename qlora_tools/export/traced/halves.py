@@ -16,6 +16,7 @@ import onnx_ir as ir
 from qlora_tools.engine.plan import Plan, Source
 from qlora_tools.engine.run import run
 from qlora_tools.export.external import ExternalWriter, place
+from qlora_tools.export.notes import carried_otherwise, joined
 from qlora_tools.export.schemes import Scheme, scheme_of
 from qlora_tools.export.target import CPU, Target
 from qlora_tools.export.traced.encoder_decoder import DECODER, WITH_PAST, encoder_decoder_subjects
@@ -51,8 +52,8 @@ class HalvesExport:
 
     @property
     def note(self) -> str | None:
-        """What is worth knowing about the scheme."""
-        return self.scheme.note
+        """What is worth knowing about the scheme and about what it became."""
+        return joined(self.scheme.note, *carried_otherwise(frozenset().union(*(part.carried for part in self.parts.values())), self.scheme))
 
     @property
     def plans(self) -> dict[str, Plan]:
@@ -65,7 +66,7 @@ class HalvesExport:
 
 
 def plan_halves(
-    source: Source, config: Mapping[str, Any], scheme: str, target: Target = CPU, *, task: str | None = None, progress: Progress = SILENT
+    source: Source, config: Mapping[str, Any], scheme: str | Scheme, target: Target = CPU, *, task: str | None = None, progress: Progress = SILENT
 ) -> HalvesExport:
     """Trace the halves of the model that ``config`` describes.
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from qlora_tools.errors import UnsupportedError, UsageError
+from qlora_tools.models.work import inputs_of_class
 
 _BATCH, _LENGTH, _DECODED = "batch_size", "sequence_length", "decoder_sequence_length"
 _TOKENS, _IMAGE = {0: _BATCH, 1: _LENGTH}, {0: _BATCH, 2: "height", 3: "width"}
@@ -42,7 +43,7 @@ _SIDE_OUTPUTS = ("loss", "hidden_states", "attentions", "past_key_values", "cros
 class Subject:
     """A model to trace. ``build`` makes it without weights, its computation in a given dtype; ``draw`` makes inputs of size 0 or 1 of :data:`SIZES`, by name, in
     the order of the graph. ``outputs``: those wanted, in order; empty: all that are results. ``options``: arguments held fixed.
-    ``again`` makes the same of another config, where :func:`subject_of` does not."""
+    ``again`` makes the same of another config, where :func:`subject_of` does not. ``kernels``: whether convolutions may be carried in int8."""
 
     task: str
     build: Callable[[torch.dtype], Any]
@@ -52,6 +53,7 @@ class Subject:
     options: Mapping[str, Any] = field(default_factory=dict)
     note: str | None = None
     again: Callable[[Mapping[str, Any]], Subject] | None = None
+    kernels: bool = True
 
 
 def subject_of(config: Mapping[str, Any], task: str | None = None) -> Subject:
@@ -62,7 +64,7 @@ def subject_of(config: Mapping[str, Any], task: str | None = None) -> Subject:
     """
     made, chosen, owner = model_class(config, task)
     parameters = inspect.signature(owner.forward).parameters
-    names = _input_names(made, owner, parameters)
+    names = list(inputs_of_class(made.to_dict(), owner.main_input_name, parameters))
     options: dict[str, Any] = {"return_dict": True} | ({"use_cache": False} if "use_cache" in parameters else {})
     note = "the graph keeps no past: every step computes the whole text" if chosen in ("text-generation", "text2text-generation") else None
 
@@ -149,17 +151,6 @@ def _task_of(owner: Any) -> str:
         return str(TasksManager.infer_task_from_model(owner))
     except ValueError:
         return "feature-extraction"
-
-
-def _input_names(made: Any, owner: Any, parameters: Mapping[str, Any]) -> list[str]:
-    """Arguments of ``forward`` that are fed, in its order."""
-    text = "input_ids" in parameters
-    types = int(getattr(made.get_text_config(), "type_vocab_size", 0) or 0)
-    skipped = {name for name, keep in {"attention_mask": text, "token_type_ids": types > 1, "decoder_input_ids": made.is_encoder_decoder}.items() if not keep}
-    names = [name for name in parameters if name in AXES and name not in skipped]
-    if owner.main_input_name not in names:
-        raise UnsupportedError(f"{owner.__name__} reads `{owner.main_input_name}`, which is not drawn", hint=f"inputs that are: {', '.join(AXES)}")
-    return names
 
 
 def _outputs(task: str) -> tuple[str, ...]:

@@ -64,6 +64,11 @@ class Weight:
     def columns(self) -> int:
         return math.prod(self.shape) // self.rows
 
+    @property
+    def carried(self) -> str:
+        """What it becomes, in the words of schemes."""
+        return (self.form or Dense(self.dtype, self.dtype)).carried
+
     def specs(self) -> tuple[TensorSpec, ...]:
         """What is stored."""
         if self.form is not None:

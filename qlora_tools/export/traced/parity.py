@@ -23,6 +23,8 @@ from torch import nn
 from qlora_tools.engine.plan import Source
 from qlora_tools.errors import CheckFailed, OutOfMemory
 from qlora_tools.export.bounds import BOUNDS
+from qlora_tools.export.decoder.branches import attach, kept_names
+from qlora_tools.export.external import read_elements
 from qlora_tools.export.traced.export import MODEL_FILE, TracedExport, draw, fill
 from qlora_tools.export.traced.inputs import SIZES, results, subject_of
 from qlora_tools.export.traced.layout import Weight
@@ -58,8 +60,18 @@ class TracedParity:
         return f"relative error {self.error_carried:.1e} against its own weights, {self.error_dense:.1e} against dense{agreement}{part}"
 
 
-def check_traced(export: TracedExport, source: Source, folder: Path, *, file: str = MODEL_FILE, progress: Progress = SILENT) -> TracedParity:
-    """Hold the graph ``file`` in ``folder`` against the source.
+def check_traced(
+    export: TracedExport,
+    source: Source,
+    folder: Path,
+    *,
+    file: str = MODEL_FILE,
+    adapter: str | None = None,
+    from_file: bool = False,
+    progress: Progress = SILENT,
+) -> TracedParity:
+    """Hold the graph ``file`` in ``folder`` against the source; ``adapter`` names the kept one that is on, on both sides. ``from_file``: the
+    carried weights are what lies there, not what this checkpoint encodes to.
 
     Raises:
         CheckFailed: an error above the scheme's bound, or results that are not finite. OutOfMemory: a model too large to be held
@@ -70,14 +82,15 @@ def check_traced(export: TracedExport, source: Source, folder: Path, *, file: st
         held = _shortened(export, source)
     inputs = [held.subject.draw(size) for size in range(len(SIZES))]
     with progress.task("parity", 3, "runs") as task:
-        found = _run(held, folder, file, inputs)
+        found = _run(held, folder, file, inputs, _fed(held, adapter))
         task.advance(1)
         model = _loaded(held, source)
+        attach(model, held.branches, held.places, adapter)
         dense = _results(held, model, inputs)
         task.advance(1)
         carried = dense
         if not held.scheme.dense:
-            _carry(held, model)
+            _carry(held, model, folder / held.data_file if from_file or held.statistics is not None else None)
             carried = _results(held, model, inputs)
         task.advance(1)
     bound = BOUNDS[held.scheme.carried]
@@ -95,11 +108,15 @@ def _shortened(export: TracedExport, source: Source) -> TracedExport:
         )
     again = export.subject.again
     subject = again(config) if again else replace(subject_of(config, export.task), outputs=export.subject.outputs)
-    return fill(draw(subject, source, config, export.target), source, export.scheme, export.offsets, export.data_file)
+    again_drawn = draw(subject, source, config, export.target)
+    held = fill(again_drawn, source, export.scheme, export.offsets, export.data_file, beside=export.beside, branches=export.branches)
+    return replace(held, statistics=export.statistics)
 
 
-def _run(export: TracedExport, folder: Path, file: str, inputs: list[dict[str, torch.Tensor]]) -> list[dict[str, NDArray[Any]]]:
-    """Results of the graph, by name, for each of ``inputs``."""
+def _run(
+    export: TracedExport, folder: Path, file: str, inputs: list[dict[str, torch.Tensor]], factors: Mapping[str, NDArray[Any]]
+) -> list[dict[str, NDArray[Any]]]:
+    """Results of the graph, by name, for each of ``inputs``, with the ``factors`` of an adapter."""
     import onnxruntime
 
     graph = folder / _GRAPH_FILE
@@ -113,11 +130,20 @@ def _run(export: TracedExport, folder: Path, file: str, inputs: list[dict[str, t
         options.log_severity_level = 3
         session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
         named = [value.name for value in session.get_inputs()]
-        return [dict(zip(export.output_names, session.run(None, {name: drawn[name].numpy() for name in named}), strict=True)) for drawn in inputs]
+        fed = ({name: drawn[name].numpy() for name in named} | dict(factors) for drawn in inputs)
+        return [dict(zip(export.output_names, session.run(None, one), strict=True)) for one in fed]
     except onnxruntime.capi.onnxruntime_pybind11_state.OrtException as error:
         raise CheckFailed(f"parity: onnxruntime does not run the graph: {str(error)[:400]}", hint="please report it with the model's config.json") from error
     finally:
         graph.unlink()
+
+
+def _fed(export: TracedExport, adapter: str | None) -> dict[str, NDArray[Any]]:
+    """The factors of a kept adapter by the names of the inputs that take them; a twin's inputs are fp32."""
+    kept = {} if adapter is None else export.branches.kept[adapter]
+    wide = export.target.compute != "F32"
+    pairs = {matrix: pair.widened() if wide else pair for matrix, pair in kept.items()}
+    return {name: factor.numpy() for matrix, pair in pairs.items() for name, factor in zip(kept_names(matrix), (pair.a_IR, pair.b_RO), strict=True)}
 
 
 def _loaded(export: TracedExport, source: Source) -> Any:
@@ -140,23 +166,28 @@ def _loaded(export: TracedExport, source: Source) -> Any:
     return model
 
 
-def _carry(export: TracedExport, model: Any) -> None:
-    """Replace the weights by what the graph carries. A tied table may be looked up more exactly than it is multiplied with."""
+def _carry(export: TracedExport, model: Any, data: Path | None) -> None:
+    """Replace the weights by what the graph carries: as it lies in the file ``data``, or as it is encoded. A tied table may be looked up more exactly than it
+    is multiplied with."""
     for path, module in model.named_modules():
         for leaf, old in module._parameters.items():
             weight = export.weights.get(f"{path}.{leaf}" if path else leaf)
             if old is not None and weight is not None and weight.form is not None:
-                module._parameters[leaf] = nn.Parameter(_decoded(weight, old, looked_up=isinstance(module, nn.Embedding)), requires_grad=False)
+                module._parameters[leaf] = nn.Parameter(_decoded(export, weight, old, data, looked_up=isinstance(module, nn.Embedding)), requires_grad=False)
     for one in export.convolutions:
         path, _, leaf = one.live[0].rpartition(".")
         module = model.get_submodule(path)
         module._parameters[leaf] = nn.Parameter(one.carried(module._parameters[leaf]), requires_grad=False)
 
 
-def _decoded(weight: Weight, dense: torch.Tensor, *, looked_up: bool) -> torch.Tensor:
+def _decoded(export: TracedExport, weight: Weight, dense: torch.Tensor, data: Path | None, *, looked_up: bool) -> torch.Tensor:
     assert weight.form is not None
     matrix = dense.T.contiguous() if weight.turned else dense.flatten(1)
-    decoded = weight.form.decode("w", weight.form.encode("w", matrix), weight.columns, looked_up=looked_up)[: weight.rows]
+    if data is None:
+        parts = weight.form.encode(weight.name, matrix)
+    else:
+        parts = {spec.name: read_elements(data, spec, export.offsets[spec.name], spec.nbytes).view(spec.shape) for spec in weight.specs()}
+    decoded = weight.form.decode(weight.name, parts, weight.columns, looked_up=looked_up)[: weight.rows]
     return decoded.T.contiguous() if weight.turned else decoded.reshape(weight.shape)
 
 

@@ -71,7 +71,7 @@ def _multiply(graph: ir.Graph, nodes: Nodes, use: Use, weight: Weight, names: Ma
     assert x is not None
     replaced = [use.node]
     bias = use.node.inputs[2] if len(use.node.inputs) > 2 else None
-    if bias is None and (added := _bias_of(old, weight.rows, names)) is not None:
+    if bias is None and (added := bias_of(old, weight.rows, names)) is not None:
         bias, addition = added
         replaced, old = [use.node, addition], addition.outputs[0]
     known = nodes.stored(names[bias]) if bias is not None and bias in names else bias
@@ -84,7 +84,7 @@ def _multiply(graph: ir.Graph, nodes: Nodes, use: Use, weight: Weight, names: Ma
     _swap(graph, nodes.nodes[first:], replaced, old, y)
 
 
-def _bias_of(product: ir.Value, rows: int, names: Mapping[ir.Value, str]) -> tuple[ir.Value, ir.Node] | None:
+def bias_of(product: ir.Value, rows: int, names: Mapping[ir.Value, str]) -> tuple[ir.Value, ir.Node] | None:
     """The stored vector that is added to ``product`` and to nothing else of it, and the node that adds it."""
     users = list(product.uses())
     if len(users) != 1 or product.is_graph_output() or users[0][0].op_type != "Add":

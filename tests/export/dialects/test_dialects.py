@@ -58,7 +58,7 @@ def draw_attention(folder, target, *, packed=False, window=None, softcap=0.0, ro
     dialect, kind = dialect_of(target), target.float_type
     ids, mask = value("ids", ir.DataType.INT64, "B", "S"), value("mask", ir.DataType.INT64, "B", "T")
     sizes = (HEADS * SIZE, kv_heads * SIZE, kv_heads * SIZE)
-    parts = [value("q", kind, "N", sum(sizes))] if packed else [value(name, kind, "N", size) for name, size in zip("qkv", sizes, strict=True)]
+    parts = [value("q", kind, "B", "S", sum(sizes))] if packed else [value(name, kind, "B", "S", size) for name, size in zip("qkv", sizes, strict=True)]
     pasts = [value(name, kind, "B", kv_heads, "P", SIZE) for name in ("pk", "pv")]
     call = AttentionCall(
         layer=0,
@@ -76,7 +76,7 @@ def draw_attention(folder, target, *, packed=False, window=None, softcap=0.0, ro
         rotary=Rotary("cos", "sin", rotated) if rotated else None,
     )
     found = dialect.attention(nodes, call, dialect.prepare(nodes, ids, mask))
-    shapes = [("N", HEADS * SIZE), *[("B", kv_heads, "T", SIZE)] * 2]
+    shapes = [("B", "S", HEADS * SIZE), *[("B", kv_heads, "T", SIZE)] * 2]
     for result, shape in zip(found, shapes, strict=True):
         result.type, result.shape = ir.TensorType(kind), ir.Shape(shape)
     return session_of(folder, dialect, nodes, [ids, mask, *parts, *pasts], list(found))
@@ -123,8 +123,8 @@ def test_attention_over_prompt_and_steps_is_that_of_float64(name, case, tmp_path
     )
     past = [np.zeros((batch, kv_heads, 0, SIZE), np.float32)] * 2
     for first, last in ((0, prompt), *((step, step + 1) for step in range(prompt, total))):
-        parts = [x[:, first:last].reshape(batch * (last - first), -1) for x in (q, k, v)]
-        fed = {"q": np.concatenate(parts, 1)} if options.get("packed") else dict(zip("qkv", parts, strict=True))
+        parts = [x[:, first:last].reshape(batch, last - first, -1) for x in (q, k, v)]
+        fed = {"q": np.concatenate(parts, -1)} if options.get("packed") else dict(zip("qkv", parts, strict=True))
         feeds = {"ids": np.zeros((batch, last - first), np.int64), "mask": np.ones((batch, last), np.int64), "pk": past[0], "pv": past[1], **fed}
         attended, *past = session.run(None, feeds)
         np.testing.assert_allclose(attended.reshape(batch, last - first, HEADS, SIZE), reference[:, first:last], atol=2e-5)
@@ -137,8 +137,8 @@ def test_the_reference_evaluator_of_onnx_reads_plain_attention_alike(case, tmp_p
     kv_heads = options.get("kv_heads", KV_HEADS)
     session = draw_attention(tmp_path, DIALECTS["standard"], **options)
     rng = np.random.default_rng(3)
-    parts = [rng.standard_normal((4, heads * SIZE)).astype(np.float32) for heads in (HEADS, kv_heads, kv_heads)]
-    fed = {"q": np.concatenate(parts, 1)} if options.get("packed") else dict(zip("qkv", parts, strict=True))
+    parts = [rng.standard_normal((2, 2, heads * SIZE)).astype(np.float32) for heads in (HEADS, kv_heads, kv_heads)]
+    fed = {"q": np.concatenate(parts, -1)} if options.get("packed") else dict(zip("qkv", parts, strict=True))
     past = [rng.standard_normal((2, kv_heads, 3, SIZE)).astype(np.float32) for _ in range(2)]
     feeds = {"ids": np.zeros((2, 2), np.int64), "mask": np.array([[0, 1, 1, 1, 1], [1] * 5]), "pk": past[0], "pv": past[1], **fed}
     reference = onnx.reference.ReferenceEvaluator(onnx.load(tmp_path / "one.onnx")).run(None, feeds)
@@ -150,7 +150,7 @@ def test_the_reference_evaluator_of_onnx_reads_plain_attention_alike(case, tmp_p
 def test_padding_on_either_side_does_not_show_in_plain_onnx(left, tmp_path):
     session = draw_attention(tmp_path, DIALECTS["standard"])
     rng = np.random.default_rng(2)
-    q, k, v = (rng.standard_normal((5, heads * SIZE)).astype(np.float32) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    q, k, v = (rng.standard_normal((1, 5, heads * SIZE)).astype(np.float32) for heads in (HEADS, KV_HEADS, KV_HEADS))
     empty = np.zeros((1, KV_HEADS, 0, SIZE), np.float32)
 
     def run(parts, mask):
@@ -158,10 +158,10 @@ def test_padding_on_either_side_does_not_show_in_plain_onnx(left, tmp_path):
         return session.run(None, {**feeds, **dict(zip("qkv", parts, strict=True))})[0]
 
     alone = run((q, k, v), [1] * 5)
-    widths = ((3, 0), (0, 0)) if left else ((0, 3), (0, 0))
+    widths = ((0, 0), (3, 0) if left else (0, 3), (0, 0))
     padded = run([np.pad(x, widths, constant_values=7.0) for x in (q, k, v)], [0] * 3 + [1] * 5 if left else [1] * 5 + [0] * 3)
     assert np.isfinite(padded).all()
-    np.testing.assert_allclose(padded[3:] if left else padded[:5], alone, atol=2e-5)
+    np.testing.assert_allclose(padded[:, 3:] if left else padded[:, :5], alone, atol=2e-5)
 
 
 @pytest.mark.parametrize("kind", ["rms", "layer"])

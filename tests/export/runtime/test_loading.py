@@ -8,7 +8,7 @@ import onnxruntime as ort
 import pytest
 
 from qlora_tools.errors import CorruptError, OutOfMemory, UnsupportedError, UsageError
-from qlora_tools.export.runtime import DecoderSession, loading
+from qlora_tools.export.runtime import DecoderSession, loading, open_engine
 from qlora_tools.export.runtime.description import Description, describe
 from tests.export.runtime.small_graphs import Drawing, named, save, summing, value, write_genai
 
@@ -153,3 +153,92 @@ def test_a_failure_while_running_names_the_graph(folder):
     session = DecoderSession(folder, threads=1)
     with pytest.raises(CorruptError, match=r"model\.onnx does not run in onnxruntime"):
         session.score(np.array([[99]]))
+
+
+def cuda(folder, monkeypatch, described, **options):
+    """What a session on CUDA would be opened with: (provider options, session entries, strategies of the module's allocator, severities of the log)."""
+    seen = {}
+
+    def opening(path, threads, device, provider_options, description):
+        seen["options"], seen["entries"] = provider_options, description.session_options
+        return "a session"
+
+    monkeypatch.setattr(loading, "_open", opening)
+    monkeypatch.setattr(loading, "check_device", lambda device: None)
+    strategies, severities = [], []
+    monkeypatch.setattr(loading.bindings, "set_arena_extend_strategy", lambda strategy: strategies.append(strategy.name))
+    monkeypatch.setattr(ort, "set_default_logger_severity", severities.append)
+    loaded = loading.load(folder / "model.onnx", 1, "cuda", described, **options)
+    return seen["options"], seen["entries"], strategies, severities, loaded.memory
+
+
+SAYS = Description(
+    session_options={"session.use_device_allocator_for_initializers": "0", "enable_mem_pattern": False, "ep.cuda.fpa_intb_gemm": "1"},
+    providers={"cuda": {"arena_extend_strategy": "kNextPowerOfTwo", "gpu_mem_limit": "77", "device_id": "0"}},
+)
+
+
+def test_texts_are_generated_with_exact_arenas_unless_the_files_say_otherwise(folder, monkeypatch):
+    options, entries, strategies, severities, told = cuda(folder, monkeypatch, Description())
+    assert (options, entries, strategies, severities, told) == ({"arena_extend_strategy": "kSameAsRequested"}, {}, ["kSameAsRequested"], [3], None)
+    options, entries, *_ = cuda(folder, monkeypatch, SAYS)
+    assert options == SAYS.providers["cuda"] and entries == SAYS.session_options
+
+
+def test_deployed_is_the_runtimes_own_way_whatever_the_files_say(folder, monkeypatch):
+    options, entries, strategies, severities, told = cuda(folder, monkeypatch, SAYS, memory="deployed")
+    assert (options, entries) == ({"device_id": "0"}, {"ep.cuda.fpa_intb_gemm": "1"})
+    assert (strategies, severities, told) == (["kNextPowerOfTwo"], [3], "deployed")
+
+
+def test_lean_takes_what_is_asked_for_and_logs_it(folder, monkeypatch):
+    options, entries, strategies, severities, told = cuda(folder, monkeypatch, SAYS, memory="lean")
+    assert options == {**SAYS.providers["cuda"], "arena_extend_strategy": "kSameAsRequested"}
+    assert entries == {**SAYS.session_options, "session.use_device_allocator_for_initializers": "1"}
+    assert (strategies, severities, told) == (["kSameAsRequested"], [3, 1], "lean")  # quiet first: the call in between warns
+
+
+def test_a_limit_reaches_the_provider_in_every_mode(folder, monkeypatch):
+    limit = (folder / "model.onnx").stat().st_size
+    for mode in ("runtime", "deployed", "lean"):
+        options, *_, told = cuda(folder, monkeypatch, SAYS, memory=mode, memory_limit=limit)
+        assert options["gpu_mem_limit"] == str(limit) and told == f"{mode}, at most {limit} bytes"
+    with pytest.raises(OutOfMemory, match=f"{limit} bytes of weights, more than the limit of {limit - 1}"):
+        cuda(folder, monkeypatch, SAYS, memory_limit=limit - 1)
+
+
+def test_on_the_cpu_modes_are_accepted_and_say_that_they_change_nothing(folder):
+    ids = np.array([[1, 2, 3]])
+    plain = open_engine(str(folder), threads=1)
+    assert "memory" not in plain.info()
+    for mode in ("deployed", "lean"):
+        engine = open_engine(str(folder), threads=1, memory=mode)
+        assert engine.info()["memory"] == f"{mode}: changes nothing on the CPU" and np.array_equal(engine.score(ids), plain.score(ids))
+    assert open_engine(str(folder), threads=1, memory_limit=9).info()["memory"] == "runtime, at most 9 bytes: changes nothing on the CPU"
+
+
+def test_unknown_modes_and_limits_are_refused(folder):
+    with pytest.raises(UsageError, match="memory 'tight': expected one of runtime, deployed, lean"):
+        open_engine(str(folder), threads=1, memory="tight")
+    with pytest.raises(UsageError, match="memory_limit is 0 bytes"):
+        open_engine(str(folder), threads=1, memory_limit=0)
+
+
+def test_what_the_modes_call_exists_in_this_onnxruntime():
+    assert {"kSameAsRequested", "kNextPowerOfTwo"} <= set(loading.bindings.ArenaExtendStrategy.__members__)
+    assert callable(loading.bindings.set_arena_extend_strategy) and callable(ort.set_default_logger_severity)
+
+
+def test_an_arena_at_its_limit_is_out_of_memory(folder):
+    said = "bfc_arena.cc:360 void* onnxruntime::BFCArena::AllocateRawInternal(size_t, bool) Available memory of 9 is smaller than requested bytes of 10"
+    assert isinstance(loading.named_failure(RuntimeError(said), folder / "model.onnx"), OutOfMemory)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["runtime", "deployed", "lean"])
+def test_on_a_gpu_every_mode_computes_the_same(folder, mode):
+    ids = np.array([[1, 2, 3]])
+    engine = open_engine(str(folder), threads=1, device="cuda", memory=mode, memory_limit=1 << 30)
+    assert np.allclose(engine.score(ids), open_engine(str(folder), threads=1).score(ids), atol=1e-3)
+    asked = engine._session.get_provider_options()["CUDAExecutionProvider"]
+    assert asked["gpu_mem_limit"] == str(1 << 30) and asked["arena_extend_strategy"] == ("kNextPowerOfTwo" if mode == "deployed" else "kSameAsRequested")

@@ -8,9 +8,10 @@ import torch
 from qlora_tools.checkpoint.logical import open_checkpoint
 from qlora_tools.errors import UnsupportedError
 from qlora_tools.export.schemes import scheme_of
-from qlora_tools.export.traced.diffusion import diffusion_subject, is_diffusion
+from qlora_tools.export.traced.diffusion import diffusion_subject
 from qlora_tools.export.traced.export import draw, fill, plan_traced
 from qlora_tools.export.traced.parity import check_traced
+from qlora_tools.models.work import is_of_diffusers
 from tests.export.tiny_decoders import MemorySource
 from tests.export.traced.tiny_models import Tiny, relative_error, run
 
@@ -68,7 +69,7 @@ def test_a_folder_of_a_pipeline_is_planned_as_it_lies(tmp_path):
     live = tiny("plain").model
     live.save_pretrained(tmp_path)
     checkpoint = open_checkpoint(tmp_path)
-    assert is_diffusion(checkpoint.config)
+    assert is_of_diffusers(checkpoint.config)
     export = plan_traced(checkpoint, checkpoint.config, "int8")
     assert export.task == "denoising" and export.input_names == ("sample", "timestep")
 
@@ -76,7 +77,7 @@ def test_a_folder_of_a_pipeline_is_planned_as_it_lies(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"_class_name": "AutoencoderKL"}, "AutoencoderKL"),
+        ({"_class_name": "AutoencoderDC"}, "AutoencoderDC"),
         ({"addition_embed_type": "image_hint"}, "image_hint"),
         ({"class_embed_type": "projection"}, "class_embed_type"),
     ],

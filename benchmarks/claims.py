@@ -1,0 +1,391 @@
+"""Every figure against another tool, with its bar: read from the committed results, judged here and nowhere else.
+
+A claim is ``held`` where the figure and both ends of its interval meet the bar, ``missed`` where none of them does, and ``open`` where the interval holds the bar. Intervals are widened
+by what the same tool against itself showed on that run (``half_width``), where that was measured. What no result file has yet is ``not measured``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from measured import RESULTS
+
+HEADLINE = "350m"
+NOT_MEASURED = "not measured"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One row of a table. ``verdict`` is ``held``, ``open``, ``missed``, ``not measured``, or empty where nothing was asked."""
+
+    what: str
+    ours: str = ""
+    theirs: str = ""
+    ratio: str = ""
+    bar: str = ""
+    verdict: str = ""
+
+    @property
+    def cells(self) -> list[str]:
+        return [self.what, self.ours, self.theirs, self.ratio, self.bar, self.verdict]
+
+
+HEADS = ["what", "qlt", "peer", "ratio [95 %]", "wanted", "held?"]
+
+
+def result(name: str) -> dict[str, Any] | None:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def headline() -> list[Claim]:
+    """The README's table: one model size, the bars that matter."""
+    return [
+        *extraction(),
+        *quantization(),
+        *training(),
+        *builder_exports(HEADLINE),
+        *optimum_export(HEADLINE),
+        *builder_graphs(HEADLINE),
+        *adapters_kept(),
+        *list(builder_memory())[-2:],
+    ]
+
+
+def everything() -> list[Claim]:
+    """All of it, losing rows and unmeasured ones included."""
+    builder, optimum, olive = sizes("export_vs_genai"), sizes("export_vs_optimum"), sizes("export_vs_olive")
+    found = [*extraction(), *quantization(), *training()]
+    for size in builder:
+        found += [*builder_exports(size), *builder_graphs(size)]
+    for size in optimum:
+        found += [*optimum_export(size), *optimum_graphs(size)]
+    for size in olive or {HEADLINE: None}:
+        found += olive_graphs(size)
+    return [*found, *adapters_kept(), *builder_memory(), *calibrated(), *merged(), *gptq(), *foretold(), *on_cuda()]
+
+
+def sizes(name: str) -> dict[str, dict[str, Any]]:
+    """Model -> what was found of it; results of one size alone are of the 350 M shape."""
+    found = result(name) or {"sizes": {}}
+    sized: dict[str, dict[str, Any]] = found.get("sizes", {HEADLINE: found})
+    return sized
+
+
+def words(size: str) -> str:
+    """``350 M`` for ``350m``, a model's name as it is."""
+    return f"{size[:-1]} {size[-1].upper()}" if size[:-1].isdigit() else size
+
+
+# ---- how a figure is judged and written ----
+
+
+def judge(value: float, bar: float, *, least: bool, ci95: Sequence[float] | None = None, half_width: float = 0.0) -> str:
+    """``held``, ``open`` or ``missed``; see the head of this file."""
+    low, high = ci95 or (value, value)
+    ends = [low / (1 + half_width), high * (1 + half_width)]
+    met = [(end >= bar) if least else (end <= bar) for end in (*ends, value)]
+    return "held" if all(met) else "open" if any(met) else "missed"
+
+
+def faster(what: str, ours: str, theirs: str, found: Mapping[str, Any], bar: float | None = None, half_width: float = 0.0) -> Claim:
+    """A claim of speed from :func:`measured.ratio`'s record."""
+    verdict = "" if bar is None else judge(found["median"], bar, least=True, ci95=found["ci95"], half_width=half_width)
+    return Claim(what, ours, theirs, f"{interval(found)} x faster", "" if bar is None else f">= {bar:g}", verdict)
+
+
+def less(what: str, ours: str, theirs: str, share: float, bar: float | None = None) -> Claim:
+    """A claim of size from a plain share of theirs."""
+    return Claim(what, ours, theirs, f"{share:.2f} of theirs", "" if bar is None else f"<= {bar:.2g}", "" if bar is None else judge(share, bar, least=False))
+
+
+def at_most(what: str, ours: str, theirs: str, value: float, bar: float) -> Claim:
+    return Claim(what, ours, theirs, "", f"<= {bar:.0e}".replace("e-0", "e-"), judge(value, bar, least=False))
+
+
+def interval(found: Mapping[str, Any]) -> str:
+    low, high = found["ci95"]
+    return f"{found['median']:.2f} [{low:.2f}, {high:.2f}]" if found["median"] < 10 else f"{found['median']:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def mb(value: float) -> str:
+    return f"{value / 1e6:,.0f} MB"
+
+
+# ---- one peer each ----
+
+
+def extraction() -> Iterator[Claim]:
+    if not (found := result("extract_vs_mergekit")):
+        yield Claim("extract, 350 M, rank 16: time", theirs="mergekit", bar=">= 20", verdict=NOT_MEASURED)
+        return
+    walls = {name: median([run[name]["wall_s"] for run in found["runs"]]) for name in ("qlt", "mergekit")}
+    peaks = {name: max(run[name]["peak_bytes"] for run in found["runs"]) for name in ("qlt", "mergekit")}
+    above = found["error_above_optimum"]
+    yield faster("extract, 350 M, rank 16: time", f"{walls['qlt']:.1f} s", f"{walls['mergekit']:.0f} s (mergekit)", found["times_faster"], 20)
+    yield less("… peak memory", mb(peaks["qlt"]), mb(peaks["mergekit"]), found["peak_share"], 0.5)
+    yield at_most("… error above the optimum", f"{above['qlt']:.1e}", f"{above['mergekit']:.1e}", above["qlt"], 1e-4)
+
+
+def quantization() -> Iterator[Claim]:
+    for row in (result("quantize_speed") or {"rows": []})["rows"]:
+        if row["operation"] == "quantize" and row["shape"] in ([4096, 4096], [11008, 4096]) and row["threads"] == 1:
+            found = {"median": row["ratio"], "ci95": row["ratio_ci95"]}
+            what = f"NF4 + DQ, {row['shape'][0]} x {row['shape'][1]}, bytes equal, 1 thread"
+            yield faster(what, f"{row['ours_ms']:.0f} ms", f"{row['theirs_ms']:.0f} ms (bitsandbytes)", found, 10)
+
+
+def training() -> Iterator[Claim]:
+    for name, place, speed, memory in (("train_vs_peft", "CPU", 1.5, 0.8), ("train_vs_peft_cuda", "CUDA", 1.4, 0.7)):
+        if not (found := result(name)):
+            yield Claim(f"train on NF4, {place}: tokens/s", theirs="PEFT + Trainer", bar=f">= {speed}", verdict=NOT_MEASURED)
+            continue
+        speeds, peaks = ({side: median([run[side][key] for run in found["runs"]]) for side in found["runs"][0]} for key in ("tokens_per_s", "peak_bytes"))
+        for side, item in found["against"].items():
+            peer, first = side.replace("peft", "PEFT + Trainer"), side == "peft"
+            what = (
+                f"train on NF4, {found['shape']}, {found['batch']} x {found['length']}, {place}: tokens/s"
+                if first
+                else "… the same, peer without checkpointing"
+            )
+            yield faster(what, f"{speeds['qlt']:,.0f}", f"{speeds[side]:,.0f} ({peer})", item["times_faster"], speed if first else None)
+            yield less("… peak memory", mb(peaks["qlt"]), mb(peaks[side]), item["peak_share"], memory if first else None)
+    if found := result("train_quality"):
+        perplexity = found["perplexity"]
+        ours, full = min(perplexity["lora"].values()), min(perplexity["full"].values())
+        what = f"LoRA r={found['rank']} on NF4, {found['steps']} steps: perplexity (base {perplexity['base']:.0f})"
+        verdict = judge(found["gain_kept"], 0.95, least=True)
+        yield Claim(what, f"{ours:.1f}", f"{full:.1f} (full fine-tune)", f"{100 * found['gain_kept']:.1f} % of the gain", ">= 95 %", verdict)
+
+
+def exported(what: str, item: Mapping[str, Any], peer: str, speed: float | None, memory: float | None) -> Iterator[Claim]:
+    """Time and peak of an export."""
+    ours, theirs = (median(item["wall_s"][side]) for side in ("ours", "theirs"))
+    yield faster(f"export {what}: time", f"{ours:.1f} s", f"{theirs:.1f} s ({peer})", item["times_faster"], speed)
+    ours, theirs = (median(item["peak_bytes"][side]) for side in ("ours", "theirs"))
+    yield less("… peak memory", mb(ours), mb(theirs), item["peak_share"], memory)
+
+
+def builder_exports(size: str) -> Iterator[Claim]:
+    for scheme, item in sizes("export_vs_genai").get(size, {"exports": {}})["exports"].items():
+        yield from exported(f"{scheme}, {words(size)}", item, "genai builder", *((3, 0.33) if size == HEADLINE else (None, None)))
+
+
+def builder_graphs(size: str) -> Iterator[Claim]:
+    for scheme, item in sizes("export_vs_genai").get(size, {"graphs": {}})["graphs"].items():
+        prefill, decode, divergence, noise = item["prefill_ms"], item["decode_ms"], item["kl_mean"], item.get("against_itself", {})
+        bar = 1.5 if scheme == "int8" and size == HEADLINE else 1.0
+        what = f"{scheme} graph, {words(size)}: prefill of 128 tokens"
+        theirs = f"{prefill['theirs']:.3g} ms (genai builder)"
+        yield faster(what, f"{prefill['ours']:.3g} ms", theirs, item["prefill_times_faster"], bar, half_width(noise, "prefill_ms"))
+        yield faster(
+            "… decode step", f"{decode['ours']:.3g} ms", f"{decode['theirs']:.3g} ms", item["decode_times_faster"], 1.0, half_width(noise, "decode_ms")
+        )
+        yield nearer("… KL to fp32", divergence["ours"], divergence["theirs"], item["kl_share"])
+
+
+def nearer(what: str, ours: float, theirs: float, share: Mapping[str, Any]) -> Claim:
+    """A claim of quality: no more KL than theirs."""
+    verdict = judge(share["median"], 1.0, least=False, ci95=share["ci95"])
+    return Claim(what, f"{ours:.1e}", f"{theirs:.1e}", f"{interval(share)} of theirs", "<= 1", verdict)
+
+
+def half_width(noise: Mapping[str, Any], phase: str) -> float:
+    """How far a tool strays from itself in this phase, as a share; 0 where that was not measured."""
+    return float(noise.get(phase, {}).get("half_width", 0.0))
+
+
+def optimum_export(size: str) -> Iterator[Claim]:
+    if item := sizes("export_vs_optimum").get(size, {}).get("export"):
+        yield from exported(f"fp32, {words(size)}", item, "Optimum", 2 if size == HEADLINE else None, None)
+
+
+def optimum_graphs(size: str) -> Iterator[Claim]:
+    """Our quantized graphs against both of Optimum's; the one of w8a8 is held against dynamic int8, which rounds activations as it does."""
+    found = sizes("export_vs_optimum").get(size, {})
+    if "failed" in found:
+        yield Claim(f"graphs, {words(size)}", theirs="Optimum failed", verdict=NOT_MEASURED)
+    for pair, item in found.get("cells", {}).items():
+        mine, theirs = (name.split(maxsplit=1)[1] for name in pair.split(" / "))
+        if mine == "fp32":
+            continue
+        noise = found["graphs"][f"ours {mine}"].get("against_itself", {})
+        peer = f"Optimum {'fp32' if theirs == 'fp32' else 'dynamic int8'}"
+        ours_row, their_row = (found["graphs"][name] for name in pair.split(" / "))
+        for phase, head in (("prefill", f"{mine} graph, {words(size)}: prefill"), ("decode", "… decode step")):
+            left, right = (row[f"{phase}_ms"] for row in (ours_row, their_row))
+            told = f"{right:.3g} ms{f' ({peer})' if phase == 'prefill' else ''}"
+            yield faster(head, f"{left:.3g} ms", told, item[f"{phase}_times_faster"], 1.0, half_width(noise, f"{phase}_ms"))
+        if theirs == "int8" and mine != "int4":
+            share = {"median": item["kl"] / item["their_kl"], "ci95": [item["kl"] / item["their_kl"]] * 2}
+            yield nearer("… KL to fp32", item["kl"], item["their_kl"], share)
+
+
+def olive_graphs(size: str) -> Iterator[Claim]:
+    found = sizes("export_vs_olive").get(size)
+    if not found:
+        yield Claim("export and graphs", theirs="Olive", verdict=NOT_MEASURED)
+        return
+    for name, item in found["exports"].items():
+        yield from exported(f"{name}, {words(size)}", item, "Olive", None, None)
+    for pair, item in found["cells"].items():
+        mine, theirs = pair.split(" / ")
+        noise = found["graphs"][mine].get("against_itself", {})
+        for phase, head in (("prefill", f"{mine} graph, {words(size)}: prefill"), ("decode", "… decode step")):
+            left, right = (found["graphs"][name][f"{phase}_ms"] for name in (mine, theirs))
+            told = f"{right:.3g} ms{f' ({theirs})' if phase == 'prefill' else ''}"
+            yield faster(head, f"{left:.3g} ms", told, item[f"{phase}_times_faster"], 1.0, half_width(noise, f"{phase}_ms"))
+        if mine == "int8 kept":
+            yield at_most("… KL to the unmerged model", f"{item['kl']:.1e}", f"{item['their_kl']:.1e}", item["kl"], 1e-3)
+        else:
+            found_kl = nearer("… KL to fp32, size of the graph", item["kl"], item["their_kl"], item["kl_share"])
+            left, right = (found["graphs"][name]["graph_bytes"] for name in (mine, theirs))  # Olive's int4 leaves the embedding in floats
+            yield replace(found_kl, ours=f"{found_kl.ours}, {mb(left)}", theirs=f"{found_kl.theirs}, {mb(right)}")
+
+
+def adapters_kept() -> Iterator[Claim]:
+    if not (found := result("adapters_kept")):
+        return
+    theirs = next(name for name in found["graphs"] if name.startswith("builder"))
+    for scheme in ("int8", "int4"):
+        ours, other = found["graphs"][f"{scheme} kept, on"], found["graphs"][theirs]
+        what = f"{scheme} graph, adapter kept as input, {found['shape']}: KL to the unmerged model"
+        peer = f"{other['kl_mean']:.1e} (genai builder, int4)"
+        yield at_most(what, f"{ours['kl_mean']:.1e}", peer, ours["kl_mean"], 1e-3) if scheme == "int8" else Claim(what, f"{ours['kl_mean']:.1e}", peer)
+        ratio = found["decode_times_faster"][f"{scheme} kept, on / {theirs}"]
+        noise = half_width(ours.get("against_itself", {}), "decode_ms")
+        yield faster("… decode step", f"{ours['decode_ms']:.1f} ms", f"{other['decode_ms']:.1f} ms", ratio, 1.0, noise)
+
+
+def builder_memory() -> Iterator[Claim]:
+    """Peak of an int4 export of the 3 B shape: in itself, and as a share of the builder's at the same depth."""
+    found = result("memory") or {"rows": [], "shape": "3b"}
+    rows = {(row["verb"], row["layers"]): row for row in found["rows"]}
+    depths = sorted({layers for _, layers in rows})
+    for depth in depths or [28]:
+        ours, theirs = rows.get(("export --int4", depth)), rows.get(("genai builder int4", depth))
+        what = f"export int4, {words(found['shape'])} shape, {depth} layers: peak RSS"
+        if ours is None:
+            yield Claim(what, bar="< 2.5 GB", verdict=NOT_MEASURED)
+            continue
+        told = f"{ours['peak_bytes'] / 1e9:.2f} GB"
+        yield Claim(what, told, bar="< 2.5 GB", verdict="held" if ours["peak_bytes"] < 2.5e9 else "missed")
+        if theirs is None or theirs["peak_bytes"] is None:
+            yield Claim("… beside the builder", told, "genai builder", bar="<= 0.2", verdict=NOT_MEASURED)
+            continue
+        died = theirs["returncode"] != 0  # its peak is then what it had reached, so the share can only be less
+        peer = f"{theirs['peak_bytes'] / 1e9:.2f} GB{' reached, then out of memory' if died else ''} (genai builder)"
+        yield less("… beside the builder", told, peer, ours["peak_bytes"] / theirs["peak_bytes"], 0.2)
+
+
+def calibrated() -> Iterator[Claim]:
+    if found := result("nf4_search"):
+        for form, bar in found["bars"].items():
+            yield less(f"NF4 `--search {form}`: squared weight error", "", "bitsandbytes", found["linears"]["of_bitsandbytes"][form], bar)
+    for setting, spoken in (("nf4-calib-builtin", "`--calib builtin`"), ("nf4-calib-self", "`--calib self`")):
+        for text, rows in (result("quantize_calibrated") or {"kl": {}})["kl"].items():
+            share = {"median": rows[setting]["ratio"], "ci95": rows[setting]["ratio_ci95"]}
+            verdict = judge(share["median"], 0.6, least=False, ci95=share["ci95"])
+            what = f"NF4 {spoken}: KL to 16 bits on {text.removesuffix('.txt')}"
+            yield Claim(what, f"{rows[setting]['kl']:.5f}", f"{rows['nf4']['kl']:.5f} (bitsandbytes)", f"{interval(share)} of theirs", "<= 0.6", verdict)
+    found = result("export_calibrated") or {"shares": {}}
+    for name, by_text in found["shares"].items():
+        ours, _, theirs = name.partition(" / ")
+        for text, share in by_text.items() if theirs.startswith("builder") and ours.startswith("int4 ") else ():
+            verdict = judge(share["median"], found["bars"]["int4_kl_share"], least=False, ci95=share["ci95"])
+            left, right = (found["graphs"][name]["texts"][text]["kl"] for name in (ours, theirs))
+            what = f"int4 graph, `--calib {ours.removeprefix('int4 ')}`: KL to fp32 on {text.removesuffix('.txt')}"
+            peer = f"{right:.4f} ({theirs.replace('builder int4', 'genai builder')})"
+            yield Claim(what, f"{left:.4f}", peer, f"{interval(share)} of theirs", f"<= {found['bars']['int4_kl_share']}", verdict)
+
+
+def merged() -> Iterator[Claim]:
+    """What is left of a fine-tune's gain after a merge into 4 bits; PEFT's merge is the other tool, the bars are of our own gain."""
+    if not (found := result("merge")):
+        return
+    rows = found["rows"]
+    peft = f"{100 * rows['NF4 base, PEFT merge_and_unload']['gain']:.1f} % (PEFT)"
+    for name, what, bar in (
+        ("16-bit base, requant", "merge into NF4, original weights at hand: gain kept", 0.92),
+        ("16-bit base, heal, tuned teaches", "… `--heal`", 0.95),
+        ("NF4 base, keep-grid, no text", "… only the NF4 weights at hand, no text", 0.85),
+        ("NF4 base, keep-grid, calib in-domain", "… the same with `--calib`", 0.85),
+    ):
+        row = rows[name]
+        low, high = row["gain_ci95"]
+        verdict = judge(row["gain"], bar, least=True, ci95=row["gain_ci95"])
+        yield Claim(what, f"{100 * row['gain']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]", peft, "", f">= {100 * bar:.0f} %", verdict)
+
+
+def gptq() -> Iterator[Claim]:
+    if found := result("gptq_speed"):
+        seconds, peaks = found["seconds"], found["peak_bytes"]
+        yield faster("error feedback on NF4, 350 M: time", f"{seconds['ours']:.0f} s", f"{seconds['loop']:.0f} s (plain GPTQ loop)", found["faster"], 3)
+        room = found["block_bytes"] + 1_000_000_000
+        verdict = "held" if peaks["ours"] <= room else "missed"
+        yield Claim("… peak memory", mb(peaks["ours"]), mb(peaks["loop"]), "", f"<= {mb(room)}", verdict)
+
+
+def foretold() -> Iterator[Claim]:
+    """Estimates against the peaks that were then measured; the rows that nothing was fitted to count."""
+    for name, what in (("train_memory", "memory of a training run"), ("estimate", "memory of running a model"), ("estimate_cuda", "the same on CUDA")):
+        rows = [row for row in (result(name) or {"rows": []})["rows"] if not row.get("fitted", True)]
+        if not rows:
+            yield Claim(f"estimate, {what}: largest error", bar="<= 10 %", verdict=NOT_MEASURED)
+            continue
+        largest = max(abs(row["error"]) for row in rows)
+        told = f"{100 * largest:.1f} % of {len(rows)} runs not fitted to"
+        yield Claim(f"estimate, {what}: largest error", told, bar="<= 10 %", verdict=judge(largest, 0.1, least=False))
+
+
+#: Row of ours -> what it is held against, on a GPU: the issue's table, measured or not.
+ON_CUDA = {
+    "fp16": ("torch bf16", "builder fp16"),
+    "bf16": ("torch bf16",),
+    "int8": ("torch int8", "builder int8"),
+    "int4": ("torch nf4", "builder int4"),
+    "nf4": ("torch nf4",),
+}
+_FIGURES = {"prefill": "prefill", "decode": "decode step", "process_peak": "device memory"}
+
+
+def on_cuda(shapes: Sequence[str] = ("1b", "8b")) -> Iterator[Claim]:
+    """Every cell of the GPU table. A cell without a figure says so."""
+    found = result("cuda") or {"parts": {}}
+    ratios = {
+        (part.split()[0], item["ours"], item["theirs"], item["figure"]): item
+        for part, content in found["parts"].items()
+        for item in content.get("ratios", ())
+        if item["batch"] == 1
+    }
+    for shape in shapes:
+        for ours, rival in ((ours, rival) for ours, rivals in ON_CUDA.items() for rival in rivals):
+            what = f"CUDA, {words(shape)} shape, {ours} against {rival}"
+            items = {spoken: ratios.get((shape, ours, rival, figure)) for figure, spoken in _FIGURES.items()}
+            if not any(items.values()):
+                yield Claim(f"{what}: {', '.join(items)}", bar=">= 1", verdict=NOT_MEASURED)
+                continue
+            for spoken, item in items.items():
+                yield on_cuda_cell(f"{what}: {spoken}", item)
+
+
+def on_cuda_cell(what: str, item: Mapping[str, Any] | None) -> Claim:
+    if item is None:
+        return Claim(what, bar=">= 1", verdict=NOT_MEASURED)
+    value, ci95 = item["times_better"], item["ci95"]
+    told = f"{value:.2f}" if ci95 is None else interval({"median": value, "ci95": ci95})
+    return Claim(what, ratio=f"{told} x better", bar=">= 1", verdict=judge(value, 1.0, least=True, ci95=ci95))
+
+
+def tally(claims: Sequence[Claim]) -> str:
+    """``31 held, 2 open, 5 missed, 30 not measured``."""
+    counts = {verdict: sum(claim.verdict == verdict for claim in claims) for verdict in ("held", "open", "missed", NOT_MEASURED)}
+    return ", ".join(f"{count} {verdict}" for verdict, count in counts.items())

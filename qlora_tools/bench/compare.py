@@ -1,0 +1,257 @@
+"""A benchmark against an older one of the same settings: what got better, worse, or cannot be told apart.
+
+Every figure becomes a ratio new / old, smaller being better. Times and memory have one value per round on either side, so the ratio is one of
+geometric means and its interval Welch's (95 %, on logarithms); that interval knows how rounds scatter, not how machines differ from day to day, which
+is what the margin is for. A verdict other than ``tie`` needs both: a ratio beyond the margin, and an interval that leaves out 1. Files have one size, so
+their ratio is exact. KL is compared on the same windows by a function that is passed in, since judging text is another room's work.
+
+Left out: absolute differences, and any judgement across different text, cases or settings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, geometric_mean, median, variance
+from typing import Any, Literal
+
+from qlora_tools.bench.pareto import ROUNDING_NATS
+from qlora_tools.bench.record import Attempt, BenchRecord, Case, Quality, Row, Setting
+from qlora_tools.bench.rows import counted
+from qlora_tools.errors import IncompatibleError, UsageError
+from qlora_tools.names import shortened
+
+MARGIN = 0.05
+CONFIDENCE = 0.95
+Verdict = Literal["better", "worse", "tie", "unknown"]
+#: Ratio and interval of two settings' stored figures, judged on the same windows; ``None`` where they were not.
+Paired = Callable[[Mapping[str, Any], Mapping[str, Any]], tuple[float, tuple[float, float] | None] | None]
+#: Facts of a machine that change by themselves from minute to minute.
+_VOLATILE = frozenset({"load_average", "others_running", "clocks"})
+
+
+@dataclass(frozen=True)
+class Change:
+    """One figure of one setting, now and before. ``case`` is ``None`` for what does not depend on the work. ``old`` and ``new`` are in ``unit``
+    (seconds, bytes, nats). ``reason``: why there is no ratio, or no interval."""
+
+    setting: str
+    name: str
+    case: Case | None
+    metric: str
+    unit: str
+    old: float | None
+    new: float | None
+    ratio: float | None
+    ci95: tuple[float, float] | None
+    verdict: Verdict
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Something about the two runs that is not the same, and that ratios may come from."""
+
+    what: str
+    old: str
+    new: str
+
+
+@dataclass(frozen=True)
+class Compared:
+    """All changes, in the new record's order. ``missing``: settings and cases that only the baseline has; ``added``: that only the new one has."""
+
+    baseline: str
+    margin: float
+    changes: tuple[Change, ...]
+    differences: tuple[Difference, ...]
+    missing: tuple[str, ...]
+    added: tuple[str, ...]
+
+    @property
+    def worse(self) -> tuple[Change, ...]:
+        return tuple(change for change in self.changes if change.verdict == "worse")
+
+
+def compare_records(new: BenchRecord, old: BenchRecord, *, margin: float = MARGIN, paired: Paired = lambda new, old: None, baseline: str = "") -> Compared:
+    """Every figure that both records have. ``margin``: the share up to which a change is none. ``paired``: the ratio of two KL figures, with its interval.
+
+    Raises:
+        UsageError: a negative margin. IncompatibleError: the records share no setting at the same work.
+    """
+    if not 0 <= margin < math.inf:
+        raise UsageError(f"a margin of {margin:g} is out of range", hint="give a share such as 0.05, or 5%")
+    partner = {setting.id: found for setting in new.settings if (found := _partner(setting, old)) is not None}
+    cases = [case for case in new.workload.cases if case in old.workload.cases]
+    if not partner or not cases:
+        what = "setting" if not partner else "case"
+        theirs = [found.id for found in old.settings] if not partner else [case.name for case in old.workload.cases]
+        ours = [found.id for found in new.settings] if not partner else [case.name for case in new.workload.cases]
+        raise IncompatibleError(
+            f"the baseline has no {what} of this benchmark: it has {shortened(theirs)}, this one {shortened(ours)}",
+            hint="measure the same settings with the same --prompt, --new and --batch",
+        )
+    changes: list[Change] = []
+    for setting in (setting for setting in new.settings if setting.id in partner):
+        before = partner[setting.id]
+        for case in cases:
+            changes += _at_case(setting, new.row(setting.id, case), old.row(before.id, case), margin)
+        if any(row.status == "ok" for row in new.rows if row.setting == setting.id):
+            changes += _files(setting, new.row(setting.id, cases[0]), old.row(before.id, cases[0]), margin)
+            changes += _kl(setting, new.quality_of(setting.id), old.quality_of(before.id), margin, paired)
+    matched = {found.id for found in partner.values()}
+    return Compared(
+        baseline=baseline or f"{old.title}, {old.created}",
+        margin=margin,
+        changes=tuple(changes),
+        differences=tuple(_differences(new, old, partner)),
+        missing=(*(s.name for s in old.settings if s.id not in matched), *(case.name for case in old.workload.cases if case not in cases)),
+        added=(*(s.name for s in new.settings if s.id not in partner), *(case.name for case in new.workload.cases if case not in cases)),
+    )
+
+
+def _partner(setting: Setting, old: BenchRecord) -> Setting | None:
+    """The same setting in the baseline: by its id, or else by what tables call it."""
+    by_id = next((found for found in old.settings if found.id == setting.id), None)
+    return by_id or next((found for found in old.settings if found.name == setting.name), None)
+
+
+def _at_case(setting: Setting, new: Row, old: Row, margin: float) -> Iterator[Change]:
+    """Times and memory of one setting at one case; a single entry where it no longer runs, or only now does."""
+    if new.status != "ok" or old.status != "ok":
+        if new.status == old.status:
+            verdict: Verdict = "tie"
+        else:
+            verdict = "worse" if old.status == "ok" else "better" if new.status == "ok" else "unknown"
+        said = f"was {old.status}, is {new.status}" + (f": {new.reason}" if new.reason and new.status != "ok" else "")
+        yield Change(setting.id, setting.name, new.case, "runs", "", None, None, None, None, verdict, said)
+        return
+    rounds: list[tuple[str, str, Callable[[Attempt], float | None]]] = [
+        ("prefill", "s", lambda attempt: median(attempt.prefill_s) if attempt.prefill_s else None),
+        ("decode", "s", lambda attempt: median(steps) if (steps := [step for run in attempt.decode_s for step in run]) else None),
+        ("peak memory", "B", peak_bytes),
+    ]
+    for metric, unit, read in rounds:
+        now, before = _per_round(new, read), _per_round(old, read)
+        if now or before:
+            yield _change(setting, new.case, metric, unit, before, now, margin)
+    before_on, now_on = (row.device_memory.as_deployed_peak_bytes if row.device_memory else None for row in (old, new))
+    if before_on is not None or now_on is not None:
+        yield _exact(setting, new.case, "device memory", "B", before_on, now_on, margin)
+
+
+def peak_bytes(attempt: Attempt) -> int | None:
+    """The high-water mark of one process, loading included."""
+    found = [attempt.memory.get(phase, {}).get("peak_bytes") for phase in ("loaded", "steady")]
+    return max((peak for peak in found if peak), default=None)
+
+
+def _files(setting: Setting, new: Row, old: Row, margin: float) -> Iterator[Change]:
+    if new.file_bytes is not None or old.file_bytes is not None:
+        yield _exact(setting, None, "file", "B", old.file_bytes, new.file_bytes, margin)
+
+
+def _kl(setting: Setting, new: Quality | None, old: Quality | None, margin: float, paired: Paired) -> Iterator[Change]:
+    now, before = (found.figures.get("kl_mean") if found is not None and found.status == "ok" else None for found in (new, old))
+    if now is None and before is None:
+        return
+
+    def change(ratio: float | None, ci95: tuple[float, float] | None, verdict: Verdict, reason: str | None = None) -> Change:
+        return Change(setting.id, setting.name, None, "KL", "nats", before, now, ratio, ci95, verdict, reason)
+
+    if new is None or old is None or now is None or before is None:
+        yield change(None, None, "unknown", f"not judged {'now' if now is None else 'in the baseline'}")
+        return
+    texts = [(found.figures.get("corpus") or {}).get("sha256") for found in (new, old)]
+    if texts[0] != texts[1]:
+        yield change(None, None, "unknown", "judged on another text")
+        return
+    if max(now, before) < ROUNDING_NATS:
+        yield change(1.0, None, "tie", "both are rounding noise")
+        return
+    found = paired(new.figures, old.figures)
+    if found is None or not math.isfinite(found[0]):
+        yield change(None, None, "unknown", "not judged on the same windows" if before else "there was no divergence before")
+        return
+    yield change(found[0], found[1], _verdict(found[0], found[1], margin), None if found[1] else "too few windows for an interval")
+
+
+def _per_round(row: Row, read: Callable[[Attempt], float | None]) -> list[float]:
+    return [value for attempt in counted(row.attempts) if (value := read(attempt)) is not None and value > 0]
+
+
+def _change(setting: Setting, case: Case, metric: str, unit: str, old: Sequence[float], new: Sequence[float], margin: float) -> Change:
+    before, now = (geometric_mean(values) if values else None for values in (old, new))
+    if before is None or now is None:
+        missing = f"not measured {'in the baseline' if before is None else 'now'}"
+        return Change(setting.id, setting.name, case, metric, unit, before, now, None, None, "unknown", missing)
+    ratio, interval = ratio_of_rounds(new, old)
+    reason = None if interval else "one round has no interval"
+    return Change(setting.id, setting.name, case, metric, unit, before, now, ratio, interval, _verdict(ratio, interval, margin), reason)
+
+
+def _exact(setting: Setting, case: Case | None, metric: str, unit: str, old: int | None, new: int | None, margin: float) -> Change:
+    if not old or not new:
+        missing = f"not known {'in the baseline' if not old else 'now'}"
+        return Change(setting.id, setting.name, case, metric, unit, old, new, None, None, "unknown", missing)
+    ratio = new / old
+    return Change(setting.id, setting.name, case, metric, unit, old, new, ratio, None, _verdict(ratio, None, margin))
+
+
+def ratio_of_rounds(new: Sequence[float], old: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
+    """Geometric mean of ``new`` over that of ``old``, and Welch's 95 % interval; none below two rounds on either side."""
+    logs = [[math.log(value) for value in values] for values in (new, old)]
+    middle = fmean(logs[0]) - fmean(logs[1])
+    if min(len(new), len(old)) < 2:
+        return math.exp(middle), None
+    shares = [variance(values) / len(values) for values in logs]
+    error = math.sqrt(sum(shares))
+    if error == 0.0:
+        return math.exp(middle), (math.exp(middle), math.exp(middle))
+    from scipy.stats import t
+
+    freedom = sum(shares) ** 2 / sum(share**2 / (len(values) - 1) for share, values in zip(shares, logs, strict=True))
+    half = error * float(t.ppf((1 + CONFIDENCE) / 2, freedom))
+    return math.exp(middle), (math.exp(middle - half), math.exp(middle + half))
+
+
+def _verdict(ratio: float, interval: tuple[float, float] | None, margin: float) -> Verdict:
+    low, high = interval or (ratio, ratio)
+    if ratio > 1 + margin and low > 1:
+        return "worse"
+    return "better" if ratio < 1 / (1 + margin) and high < 1 else "tie"
+
+
+def _differences(new: BenchRecord, old: BenchRecord, partner: Mapping[str, Setting]) -> Iterator[Difference]:
+    sides: list[dict[str, Any]] = []
+    for record in (old, new):
+        work = record.workload
+        facts = {f"machine: {name}": value for name, value in _flat(record.machine)} | {f"version: {name}": value for name, value in record.versions.items()}
+        facts |= {"threads": record.threads, "rounds": record.rounds, "repeats": work.repeats, "warmup": work.warmup, "tokens": (work.seed, work.ids)}
+        sides.append(facts)
+    before, after = sides
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name) != after.get(name):
+            written = ("others", "these") if name == "tokens" else (_written(before.get(name)), _written(after.get(name)))
+            yield Difference(name, *written)
+    for setting in new.settings:
+        known = partner.get(setting.id)
+        for field in ("engine", "options", "scheme", "threads") if known is not None else ():
+            was, now = getattr(known, field), getattr(setting, field)
+            if was != now:
+                yield Difference(f"{setting.name}: {field}", _written(was), _written(now))
+
+
+def _flat(facts: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in facts.items():
+        if name in _VOLATILE:
+            continue
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{within}{name}.")
+        else:
+            yield f"{within}{name}", value
+
+
+def _written(value: Any) -> str:
+    return "not known" if value is None else ", ".join(f"{key}={item}" for key, item in value.items()) if isinstance(value, Mapping) else str(value)

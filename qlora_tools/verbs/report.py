@@ -1,0 +1,154 @@
+"""``qlt report``: the table, the Markdown, the page and the plots of benchmarks that have run, drawn again from ``bench.json``. Nothing is measured.
+
+A run is the folder that `qlt bench` wrote, or a ``bench.json`` wherever it lies now.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_tools.bench.compare import MARGIN, Compared, compare_records
+from qlora_tools.bench.page import bench_page
+from qlora_tools.bench.pick import Picked, pick
+from qlora_tools.bench.plots import write_plots
+from qlora_tools.bench.record import FILE_NAME, BenchRecord, read_record
+from qlora_tools.bench.table import to_markdown
+from qlora_tools.checkpoint.folder import check_output, output_folder, replace_file, seal
+from qlora_tools.errors import CorruptError, IncompatibleError, MissingError
+from qlora_tools.manifest import FILE_NAME as MANIFEST
+from qlora_tools.manifest import Manifest, read_manifest
+from qlora_tools.progress import SILENT, Progress
+from qlora_tools.quality.intervals import compare as compare_quality
+from qlora_tools.quality.outputs import compare_outputs, is_outputs
+from qlora_tools.quality.probe import divergence_of
+from qlora_tools.verbs.bench_names import unique_names
+
+RUNS = Path("runs")
+PAGE, TABLE, PLOTS = "report.html", "report.md", "plots"
+
+
+@dataclass(frozen=True)
+class Report:
+    """One run: where its record lies, and where its pages were drawn; ``None`` where they were not, since the run's folder is not one of `qlt bench`."""
+
+    run: Path
+    output: Path | None
+    record: BenchRecord
+    picked: Picked | None
+    compared: Compared | None
+
+
+@dataclass(frozen=True)
+class ReportResult:
+    reports: tuple[Report, ...]
+    dry_run: bool
+
+
+def report(
+    *,
+    runs: Sequence[str | Path] = (),
+    compare: str | Path | None = None,
+    margin: float = MARGIN,
+    pick: str | None = None,
+    output: Path | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress = SILENT,
+) -> ReportResult:
+    """Draw ``runs`` again, without any the latest below ``runs/``: in their own folders, or with ``output`` into that folder, by name where there are several.
+
+    ``compare``: an older run that each is held against, up to ``margin``; ``pick``: wishes (see ``bench/pick.py``).
+
+    Raises:
+        MissingError: no such run. CorruptError: its ``bench.json`` is none, or of another version. IncompatibleError: nothing to compare.
+    """
+    places = [Path(run) for run in runs] or [latest_run(RUNS)]
+    old = read_record(Path(compare)) if compare is not None else None
+    records = [(place, read_record(place)) for place in places]
+    homes = [place if place.is_dir() else place.parent for place in places]
+    names = unique_names(list(dict.fromkeys(homes)))
+    found = []
+    for (place, record), home in zip(records, homes, strict=True):
+        dest = (output / names[home] if output is not None and len(places) > 1 else output) or None
+        if dest is not None:
+            check_output(dest, force=force, inputs=[home])
+        found.append(
+            Report(place, dest or (home if (home / MANIFEST).is_file() else None), record, picked(record, pick), compared(record, old, margin, compare))
+        )
+    if not dry_run:
+        with progress.task("report", len(found), "runs") as task:
+            for item in found:
+                if item.output is not None:
+                    _draw(item.record, item.output, force=force, anew=output is not None)
+                task.advance(label=item.record.title)
+    return ReportResult(tuple(found), dry_run)
+
+
+def latest_run(folder: Path) -> Path:
+    """The run below ``folder`` that was measured last.
+
+    Raises:
+        MissingError: there is none. CorruptError: there are some, and none of this version.
+    """
+    found = [path.parent for path in folder.glob(f"*/{FILE_NAME}")]
+    if not found:
+        raise MissingError(f"{folder} holds no benchmark", hint="run `qlt bench` first, or name a run")
+    readable = []
+    for path in found:
+        try:
+            readable.append((read_record(path).created, path.name, path))
+        except CorruptError as error:  # of another version: no reason not to show the others
+            refused = error
+    if not readable:
+        raise refused
+    return max(readable)[2]
+
+
+def write_report(record: BenchRecord, folder: Path) -> None:
+    """All files of a run, into a new folder."""
+    (folder / FILE_NAME).write_bytes(record.to_json())
+    (folder / PAGE).write_text(bench_page(record), encoding="utf-8")
+    (folder / TABLE).write_text(to_markdown(record), encoding="utf-8")
+    (folder / PLOTS).mkdir()
+    write_plots(record, folder / PLOTS)
+    seal(folder, Manifest("bench", {"verb": "bench"}))
+
+
+def _draw(record: BenchRecord, dest: Path, *, force: bool, anew: bool) -> None:
+    """A new folder; or, in a run's own, every file in the place of the one before, whatever else lies there untouched."""
+    if anew:
+        with output_folder(dest, force=force) as folder:
+            write_report(record, folder)
+        return
+    replace_file(dest / PAGE, bench_page(record).encode())
+    replace_file(dest / TABLE, to_markdown(record).encode())
+    (dest / PLOTS).mkdir(exist_ok=True)
+    write_plots(record, dest / PLOTS)
+    seal(dest, read_manifest(dest) or Manifest("bench", {"verb": "bench"}))
+
+
+def picked(record: BenchRecord, wishes: str | None) -> Picked | None:
+    """The setting of ``record`` that meets ``wishes``."""
+    return pick(record, wishes) if wishes is not None else None
+
+
+def compared(new: BenchRecord, old: BenchRecord | None, margin: float, name: str | Path | None = None) -> Compared | None:
+    """``new`` against ``old``, KL window by window."""
+    return compare_records(new, old, margin=margin, paired=kl_ratio, baseline=str(name or "")) if old is not None else None
+
+
+def kl_ratio(new: Mapping[str, Any], old: Mapping[str, Any]) -> tuple[float, tuple[float, float] | None] | None:
+    """The ratio of two stored KL figures with its paired interval, ``None`` where they were not judged on the same windows."""
+    if is_outputs(new) != is_outputs(old):
+        return None
+    try:
+        if is_outputs(new):
+            found = compare_outputs("new", new, "old", old, "kl")
+        else:
+            found = compare_quality("new", divergence_of(new), "old", divergence_of(old), "kl")
+    except (IncompatibleError, KeyError, TypeError):  # other windows, or figures of an older kind
+        return None
+    return found.effect.value, found.effect.bounds
