@@ -24,8 +24,8 @@ from qlora_tools.errors import UnsupportedError
 
 #: Bytes that the runtime's allocator rounds to.
 _ALIGNMENT = 256
-#: What a page fault maps of a file that is cached: 16 pages.
-_FAULT_BYTES = 1 << 16
+#: What a page fault may map of a file that is cached, in the page cache's largest piece: random tokens then touch most of a table (measured on Linux 6.18).
+_FAULT_BYTES = 1 << 21
 _LOOKED_UP = ("Gather", "GatherBlockQuantized")
 
 
