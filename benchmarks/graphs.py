@@ -19,7 +19,7 @@ from measured import against_itself, median
 from qlora_tools.export.runtime import DecoderSession
 
 PROMPT, STEPS, WINDOWS = 128, 16, 8
-_WARM_UP = 2
+_WARM_UP, _LOADS = 1, 5
 #: Above this much data the graphs are loaded one after another instead of side by side.
 _TOGETHER_BYTES = 4 << 30
 
@@ -105,19 +105,22 @@ def tokens_of(model: Path, *, random: bool) -> np.ndarray:
 def latency(openers: Mapping[str, Callable[[], Graph]], ids: np.ndarray, rounds: int, total_bytes: int) -> dict[str, dict[str, list[float]]]:
     """Milliseconds of every graph, ``phase -> graph -> one number per round``: all positions' logits, the last one's, a step after the prompt.
 
-    Graphs that fit in memory together are run in turn, so that a busy moment hits all; larger ones each for itself.
+    Graphs that fit in memory together are run in turn, so that a busy moment hits all; larger ones each for itself. All are loaded :data:`_LOADS` times, in
+    turning order: where a session's memory comes to lie makes a step up to a tenth faster or slower for as long as it lives.
     """
     found: dict[str, dict[str, list[float]]] = {phase: {name: [] for name in openers} for phase in ("prefill_ms", "prefill_last_logits_ms", "decode_ms")}
     groups = [list(openers)] if total_bytes <= _TOGETHER_BYTES else [[name] for name in openers]
     for group in groups:
-        graphs = {name: openers[name]() for name in group}
-        for turn in range(rounds + _WARM_UP):
-            for name in group if turn % 2 else reversed(group):
-                row = one_round(graphs[name], ids)
-                for phase, value in row.items() if turn >= _WARM_UP else ():
-                    found[phase][name].append(value)
-        for graph in graphs.values():
-            graph.close()
+        for load in range(_LOADS):
+            order = group if load % 2 else group[::-1]
+            graphs = {name: openers[name]() for name in order}
+            for turn in range(-_WARM_UP, len(range(load, rounds, _LOADS))):
+                for name in order if turn % 2 else order[::-1]:
+                    row = one_round(graphs[name], ids)
+                    for phase, value in row.items() if turn >= 0 else ():
+                        found[phase][name].append(value)
+            for graph in graphs.values():
+                graph.close()
     return found
 
 
