@@ -70,7 +70,7 @@ def everything() -> list[Claim]:
         found += [*optimum_export(size), *optimum_graphs(size)]
     for size in olive or {HEADLINE: None}:
         found += olive_graphs(size)
-    return [*found, *adapters_kept(), *builder_memory(), *calibrated(), *merged(), *gptq(), *foretold(), *on_cuda()]
+    return [*found, *adapters_kept(), *builder_memory(), *calibrated(), *merged(), *gptq(), *foretold(), *repeated(), *on_cuda()]
 
 
 def sizes(name: str) -> dict[str, dict[str, Any]]:
@@ -282,7 +282,7 @@ def builder_memory() -> Iterator[Claim]:
             yield Claim("… beside the builder", told, "genai builder", bar="<= 0.2", verdict=NOT_MEASURED)
             continue
         died = theirs["returncode"] != 0  # its peak is then what it had reached, so the share can only be less
-        peer = f"{theirs['peak_bytes'] / 1e9:.2f} GB{' reached, then out of memory' if died else ''} (genai builder)"
+        peer = f"{theirs['peak_bytes'] / 1e9:.2f} GB{' reached, then it failed' if died else ''} (genai builder)"
         yield less("… beside the builder", told, peer, ours["peak_bytes"] / theirs["peak_bytes"], 0.2)
 
 
@@ -346,7 +346,18 @@ def foretold() -> Iterator[Claim]:
         yield Claim(f"estimate, {what}: largest error", told, bar="<= 10 %", verdict=judge(largest, 0.1, least=False))
 
 
-#: Row of ours -> what it is held against, on a GPU: the issue's table, measured or not.
+def repeated() -> Iterator[Claim]:
+    """The same benchmark twice, and a setting beside its own copy."""
+    if found := result("repeatability"):
+        largest, ties, held = found["largest_difference"], found["copy_against_itself"], found["identities"]
+        yield Claim("`qlt bench` twice: largest difference of a ratio", f"{100 * largest:.1f} %", bar="<= 5 %", verdict=judge(largest, 0.05, least=False))
+        yield Claim(
+            "… a setting beside its copy", f"{ties.count('tie')} of {len(ties)} are ties", bar="all", verdict="held" if set(ties) == {"tie"} else "missed"
+        )
+        yield Claim("… identities of memory", f"{held['held']} hold, {held['broken']} do not", bar="all", verdict="missed" if held["broken"] else "held")
+
+
+#: Row of ours -> what it is held against, on a GPU, measured or not.
 ON_CUDA = {
     "fp16": ("torch bf16", "builder fp16"),
     "bf16": ("torch bf16",),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -74,7 +75,15 @@ def rows_of(work: Path, shape: str, depth: int, names: list[str], peers: str | N
         else:
             found = measure("qlora_tools.cli", [word.format(base=base, adapter=adapter, out=out) for word in VERBS[name]] + ["-q"], cwd=work)
         size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) if out.exists() else None
-        rows.append({"verb": name, "layers": depth, "output_bytes": size, **found, "stderr": found["stderr"][-300:] if found["returncode"] else ""})
+        rows.append(
+            {
+                "verb": name,
+                "layers": depth,
+                "output_bytes": size,
+                **found,
+                "stderr": re.sub(r"/\S*/", "", found["stderr"][-300:]) if found["returncode"] else "",
+            }
+        )
         said = f"exit {found['returncode']} {rows[-1]['stderr'][-200:]}"
         print(f"{name:<28} {depth:>3} layers  {found['wall_s']:7.1f} s  peak {(found['peak_bytes'] or 0) / 1e9:5.2f} GB  {said}", flush=True)
         for folder in (out, work / "cache"):

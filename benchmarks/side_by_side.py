@@ -57,6 +57,7 @@ STEPS = (
     Step("adapters_kept.py", (), 6, peer="genai"),
     Step("open_elsewhere.py", (), 8, peer="genai", option="--genai-python", model="optional"),
     Step("memory.py", ("--builder",), 25, peer="genai"),
+    Step("repeatability.py", (), 5),
     Step("nf4_search.py", (), 3, model="needed"),
     Step("export_calibrated.py", ("--calib", "builtin", "--calib", "self"), 10, peer="genai", model="needed"),
 )

@@ -210,7 +210,7 @@ def memory() -> str:
 def peak_of(row: dict[str, Any] | None) -> str:
     if row is None or row["peak_bytes"] is None:
         return "-"
-    return f"{row['peak_bytes'] / 1e9:.2f} GB{' reached, then out of memory' if row['returncode'] else ''}"
+    return f"{row['peak_bytes'] / 1e9:.2f} GB{' reached, then it failed' if row['returncode'] else ''}"
 
 
 def training_memory() -> str:
@@ -291,6 +291,7 @@ SHOWN = {
     "cuda": "side-by-side",
     "estimate": "estimates, side-by-side",
     "estimate_cuda": "side-by-side",
+    "estimate_published": "no table: `qlt estimate` shows the same",
     "export_calibrated": "kept, side-by-side",
     "export_vs_genai": "peers, cells, side-by-side",
     "export_vs_genai_tied": "no table: an earlier run of one size with tied embeddings",
@@ -305,6 +306,7 @@ SHOWN = {
     "open_elsewhere": "opened",
     "quantize_calibrated": "kept, side-by-side",
     "quantize_speed": "peers, side-by-side",
+    "repeatability": "side-by-side",
     "refine_shakespeare-heavy": "kept",
     "refine_shakespeare-light": "kept",
     "train_memory": "training-memory, side-by-side",
