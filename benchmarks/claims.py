@@ -1,44 +1,30 @@
-"""Every figure against another tool, with its bar: read from the committed results, judged here and nowhere else.
-
-A claim is ``held`` where the figure and both ends of its interval meet the bar, ``missed`` where none of them does, and ``open`` where the interval holds the bar. Intervals are widened
-by what the same tool against itself showed on that run (``half_width``), where that was measured. What no result file has yet is ``not measured``.
-"""
+"""Every figure against another tool, with its bar: read from the committed results. How a figure is judged is ``judging.py``'s."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from judging import NOT_MEASURED, Claim, at_most, both_phases, faster, half_width, interval, judge, less, mb, nearer
 from measured import RESULTS
 
 HEADLINE = "350m"
-NOT_MEASURED = "not measured"
-
-
-@dataclass(frozen=True)
-class Claim:
-    """One row of a table. ``verdict`` is ``held``, ``open``, ``missed``, ``not measured``, or empty where nothing was asked."""
-
-    what: str
-    ours: str = ""
-    theirs: str = ""
-    ratio: str = ""
-    bar: str = ""
-    verdict: str = ""
-
-    @property
-    def cells(self) -> list[str]:
-        return [self.what, self.ours, self.theirs, self.ratio, self.bar, self.verdict]
-
-
-HEADS = ["what", "qlt", "peer", "ratio [95 %]", "wanted", "held?"]
+#: A merge into 4 bits -> the share of a fine-tune's gain that it is to keep.
+MERGE_BARS = {
+    "16-bit base, requant": 0.92,
+    "16-bit base, heal, tuned teaches": 0.95,
+    "NF4 base, keep-grid, no text": 0.85,
+    "NF4 base, keep-grid, calib in-domain": 0.85,
+}
+#: KL to 16 bits that calibrated NF4 is to have at most, as a share of plain NF4's.
+NF4_KL_SHARE = 0.6
 
 
 def result(name: str) -> dict[str, Any] | None:
@@ -83,41 +69,6 @@ def sizes(name: str) -> dict[str, dict[str, Any]]:
 def words(size: str) -> str:
     """``350 M`` for ``350m``, a model's name as it is."""
     return f"{size[:-1]} {size[-1].upper()}" if size[:-1].isdigit() else size
-
-
-# ---- how a figure is judged and written ----
-
-
-def judge(value: float, bar: float, *, least: bool, ci95: Sequence[float] | None = None, half_width: float = 0.0) -> str:
-    """``held``, ``open`` or ``missed``; see the head of this file."""
-    low, high = ci95 or (value, value)
-    ends = [low / (1 + half_width), high * (1 + half_width)]
-    met = [(end >= bar) if least else (end <= bar) for end in (*ends, value)]
-    return "held" if all(met) else "open" if any(met) else "missed"
-
-
-def faster(what: str, ours: str, theirs: str, found: Mapping[str, Any], bar: float | None = None, half_width: float = 0.0) -> Claim:
-    """A claim of speed from :func:`measured.ratio`'s record."""
-    verdict = "" if bar is None else judge(found["median"], bar, least=True, ci95=found["ci95"], half_width=half_width)
-    return Claim(what, ours, theirs, f"{interval(found)} x faster", "" if bar is None else f">= {bar:g}", verdict)
-
-
-def less(what: str, ours: str, theirs: str, share: float, bar: float | None = None) -> Claim:
-    """A claim of size from a plain share of theirs."""
-    return Claim(what, ours, theirs, f"{share:.2f} of theirs", "" if bar is None else f"<= {bar:.2g}", "" if bar is None else judge(share, bar, least=False))
-
-
-def at_most(what: str, ours: str, theirs: str, value: float, bar: float) -> Claim:
-    return Claim(what, ours, theirs, "", f"<= {bar:.0e}".replace("e-0", "e-"), judge(value, bar, least=False))
-
-
-def interval(found: Mapping[str, Any]) -> str:
-    low, high = found["ci95"]
-    return f"{found['median']:.2f} [{low:.2f}, {high:.2f}]" if found["median"] < 10 else f"{found['median']:.1f} [{low:.1f}, {high:.1f}]"
-
-
-def mb(value: float) -> str:
-    return f"{value / 1e6:,.0f} MB"
 
 
 # ---- one peer each ----
@@ -192,17 +143,6 @@ def builder_graphs(size: str) -> Iterator[Claim]:
         yield nearer("… KL to fp32", divergence["ours"], divergence["theirs"], item["kl_share"])
 
 
-def nearer(what: str, ours: float, theirs: float, share: Mapping[str, Any]) -> Claim:
-    """A claim of quality: no more KL than theirs."""
-    verdict = judge(share["median"], 1.0, least=False, ci95=share["ci95"])
-    return Claim(what, f"{ours:.1e}", f"{theirs:.1e}", f"{interval(share)} of theirs", "<= 1", verdict)
-
-
-def half_width(noise: Mapping[str, Any], phase: str) -> float:
-    """How far a tool strays from itself in this phase, as a share; 0 where that was not measured."""
-    return float(noise.get(phase, {}).get("half_width", 0.0))
-
-
 def optimum_export(size: str) -> Iterator[Claim]:
     if item := sizes("export_vs_optimum").get(size, {}).get("export"):
         yield from exported(f"fp32, {words(size)}", item, "Optimum", 2 if size == HEADLINE else None, None)
@@ -217,13 +157,8 @@ def optimum_graphs(size: str) -> Iterator[Claim]:
         mine, theirs = (name.split(maxsplit=1)[1] for name in pair.split(" / "))
         if mine == "fp32":
             continue
-        noise = found["graphs"][f"ours {mine}"].get("against_itself", {})
-        peer = f"Optimum {'fp32' if theirs == 'fp32' else 'dynamic int8'}"
-        ours_row, their_row = (found["graphs"][name] for name in pair.split(" / "))
-        for phase, head in (("prefill", f"{mine} graph, {words(size)}: prefill"), ("decode", "… decode step")):
-            left, right = (row[f"{phase}_ms"] for row in (ours_row, their_row))
-            told = f"{right:.3g} ms{f' ({peer})' if phase == 'prefill' else ''}"
-            yield faster(head, f"{left:.3g} ms", told, item[f"{phase}_times_faster"], 1.0, half_width(noise, f"{phase}_ms"))
+        left, right = (found["graphs"][name] for name in pair.split(" / "))
+        yield from both_phases(f"{mine} graph, {words(size)}: prefill", left, right, f"Optimum {'fp32' if theirs == 'fp32' else 'dynamic int8'}", item)
         if theirs == "int8" and mine != "int4":
             share = {"median": item["kl"] / item["their_kl"], "ci95": [item["kl"] / item["their_kl"]] * 2}
             yield nearer("… KL to fp32", item["kl"], item["their_kl"], share)
@@ -238,17 +173,14 @@ def olive_graphs(size: str) -> Iterator[Claim]:
         yield from exported(f"{name}, {words(size)}", item, "Olive", None, None)
     for pair, item in found["cells"].items():
         mine, theirs = pair.split(" / ")
-        noise = found["graphs"][mine].get("against_itself", {})
-        for phase, head in (("prefill", f"{mine} graph, {words(size)}: prefill"), ("decode", "… decode step")):
-            left, right = (found["graphs"][name][f"{phase}_ms"] for name in (mine, theirs))
-            told = f"{right:.3g} ms{f' ({theirs})' if phase == 'prefill' else ''}"
-            yield faster(head, f"{left:.3g} ms", told, item[f"{phase}_times_faster"], 1.0, half_width(noise, f"{phase}_ms"))
+        left, right = (found["graphs"][name] for name in (mine, theirs))
+        yield from both_phases(f"{mine} graph, {words(size)}: prefill", left, right, theirs, item)
         if mine == "int8 kept":
             yield at_most("… KL to the unmerged model", f"{item['kl']:.1e}", f"{item['their_kl']:.1e}", item["kl"], 1e-3)
         else:
             found_kl = nearer("… KL to fp32, size of the graph", item["kl"], item["their_kl"], item["kl_share"])
-            left, right = (found["graphs"][name]["graph_bytes"] for name in (mine, theirs))  # Olive's int4 leaves the embedding in floats
-            yield replace(found_kl, ours=f"{found_kl.ours}, {mb(left)}", theirs=f"{found_kl.theirs}, {mb(right)}")
+            # Olive's int4 leaves the embedding in floats
+            yield replace(found_kl, ours=f"{found_kl.ours}, {mb(left['graph_bytes'])}", theirs=f"{found_kl.theirs}, {mb(right['graph_bytes'])}")
 
 
 def adapters_kept() -> Iterator[Claim]:
@@ -293,9 +225,11 @@ def calibrated() -> Iterator[Claim]:
     for setting, spoken in (("nf4-calib-builtin", "`--calib builtin`"), ("nf4-calib-self", "`--calib self`")):
         for text, rows in (result("quantize_calibrated") or {"kl": {}})["kl"].items():
             share = {"median": rows[setting]["ratio"], "ci95": rows[setting]["ratio_ci95"]}
-            verdict = judge(share["median"], 0.6, least=False, ci95=share["ci95"])
+            verdict = judge(share["median"], NF4_KL_SHARE, least=False, ci95=share["ci95"])
             what = f"NF4 {spoken}: KL to 16 bits on {text.removesuffix('.txt')}"
-            yield Claim(what, f"{rows[setting]['kl']:.5f}", f"{rows['nf4']['kl']:.5f} (bitsandbytes)", f"{interval(share)} of theirs", "<= 0.6", verdict)
+            yield Claim(
+                what, f"{rows[setting]['kl']:.5f}", f"{rows['nf4']['kl']:.5f} (bitsandbytes)", f"{interval(share)} of theirs", f"<= {NF4_KL_SHARE}", verdict
+            )
     found = result("export_calibrated") or {"shares": {}}
     for name, by_text in found["shares"].items():
         ours, _, theirs = name.partition(" / ")
@@ -313,23 +247,25 @@ def merged() -> Iterator[Claim]:
         return
     rows = found["rows"]
     peft = f"{100 * rows['NF4 base, PEFT merge_and_unload']['gain']:.1f} % (PEFT)"
-    for name, what, bar in (
-        ("16-bit base, requant", "merge into NF4, original weights at hand: gain kept", 0.92),
-        ("16-bit base, heal, tuned teaches", "… `--heal`", 0.95),
-        ("NF4 base, keep-grid, no text", "… only the NF4 weights at hand, no text", 0.85),
-        ("NF4 base, keep-grid, calib in-domain", "… the same with `--calib`", 0.85),
-    ):
+    spoken = ("merge into NF4, original weights at hand: gain kept", "… `--heal`", "… only the NF4 weights at hand, no text", "… the same with `--calib`")
+    for (name, bar), what in zip(MERGE_BARS.items(), spoken, strict=True):
         row = rows[name]
         low, high = row["gain_ci95"]
         verdict = judge(row["gain"], bar, least=True, ci95=row["gain_ci95"])
         yield Claim(what, f"{100 * row['gain']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]", peft, "", f">= {100 * bar:.0f} %", verdict)
 
 
+def gptq_room_bytes(found: Mapping[str, Any]) -> int:
+    """What error feedback may take: the largest block in floats and 1 GB."""
+    room: int = found["block_bytes"] + 1_000_000_000
+    return room
+
+
 def gptq() -> Iterator[Claim]:
     if found := result("gptq_speed"):
         seconds, peaks = found["seconds"], found["peak_bytes"]
         yield faster("error feedback on NF4, 350 M: time", f"{seconds['ours']:.0f} s", f"{seconds['loop']:.0f} s (plain GPTQ loop)", found["faster"], 3)
-        room = found["block_bytes"] + 1_000_000_000
+        room = gptq_room_bytes(found)
         verdict = "held" if peaks["ours"] <= room else "missed"
         yield Claim("… peak memory", mb(peaks["ours"]), mb(peaks["loop"]), "", f"<= {mb(room)}", verdict)
 
@@ -394,9 +330,3 @@ def on_cuda_cell(what: str, item: Mapping[str, Any] | None) -> Claim:
     value, ci95 = item["times_better"], item["ci95"]
     told = f"{value:.2f}" if ci95 is None else interval({"median": value, "ci95": ci95})
     return Claim(what, ratio=f"{told} x better", bar=">= 1", verdict=judge(value, 1.0, least=True, ci95=ci95))
-
-
-def tally(claims: Sequence[Claim]) -> str:
-    """``31 held, 2 open, 5 missed, 30 not measured``."""
-    counts = {verdict: sum(claim.verdict == verdict for claim in claims) for verdict in ("held", "open", "missed", NOT_MEASURED)}
-    return ", ".join(f"{count} {verdict}" for verdict, count in counts.items())

@@ -1,4 +1,6 @@
-"""The part of ``cuda.py`` that opens the device: makes a group's models, or checks every scheme on a small one. One job per process, given as JSON, answered in the file it names.
+"""The part of ``cuda.py`` that opens the device: makes a group's models, or checks every scheme on a small one.
+
+One job per process, given as JSON, answered in the file it names.
 
 A model that cannot be made becomes a reason beside its name; the others are made all the same.
 """
@@ -10,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -91,7 +94,7 @@ def copy_speed(device: str) -> float:
         if device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
-    return 2 * source.numel() / sorted(seconds[2:])[len(seconds[2:]) // 2]
+    return 2 * source.numel() / median(seconds[2:])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""What ``cuda.py`` does: its parts, its budget of seconds and its result file. In a module of its own since that file only has its name for the command line (see there)."""
+"""What ``cuda.py`` does: its parts, its budget of seconds and its result file.
+
+In a module of its own since that file only has its name for the command line (see there). Whether a bar is held is ``judging.py``'s to judge.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from judging import judge
 from measured import RESULTS, machine, measure, public_arguments, versions
 from synthetic import config_of, specs_of
 
@@ -35,7 +39,8 @@ GROUPS = {
 CHECKED = {"cuda": "11m", "cpu": "tiny"}
 BITS = {"int4": 4.5, "nf4": 4.5, "int8": 8.5, "fp16": 16, "bf16": 16, "fp32": 32}
 BUDGET = "not measured: budget"
-#: Guesses in seconds, corrected by what the parts before took: a process that imports and loads, per gigabyte of its weights, a step of 32 layers, per gigabyte of models made.
+#: Guesses in seconds, corrected by what the parts before took: a process that imports and loads, per gigabyte of its weights, a step of 32 layers, per
+#: gigabyte of models made.
 _PROCESS_S, _PER_GB_S, _MADE_PER_GB_S = 8.0, 0.7, 1.5
 _STEP_S = {"torch nf4": 0.035, "torch int8": 0.1, "torch bf16": 0.025}
 _OUR_STEP_S = 0.01
@@ -54,8 +59,7 @@ class Clock:
     ``contexts``: empty processes for the next group: what one takes does not depend on the model, so five in the first group, one in each later.
     """
 
-    def __init__(self, budget_s: float, device: str = "cuda") -> None:
-        self.device = device
+    def __init__(self, budget_s: float) -> None:
         self.began, self.budget_s, self.pace, self.later_s = time.monotonic(), budget_s, 1.0, 0.0
         self.contexts = 5
 
@@ -88,7 +92,7 @@ def parser_of(description: str | None = None) -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None, *, description: str | None = None) -> None:
     options = parser_of(description).parse_args(arguments)
-    clock, results = Clock(options.budget, options.device), Results(options)
+    clock, results = Clock(options.budget), Results(options)
     with tempfile.TemporaryDirectory(dir=options.work) as text:
         wanted = [(name, part) for name, part in parts_of(options, Path(text), clock) if not (options.missing and results.has(name))]
         for number, (name, part) in enumerate(wanted):
@@ -112,12 +116,13 @@ def parts_of(options: argparse.Namespace, work: Path, clock: Clock) -> Iterator[
     for group in GROUPS[options.device]:
         for shape in shapes:
             parts[f"{shape} {group}"] = lambda shape=shape, group=group: measured_group(work, shape, group, options, clock)  # type: ignore[misc]
+    suffix = "_cuda" if options.device == "cuda" else ""
     where = ["--device", options.device, "--work", work]
     trained = [*where, "--shape", options.train_shape, "--batch", 4, "--length", 1024, "--steps", 8, "--pairs", 1]
     parts |= {
         "tests": lambda: gpu_tests(clock),
-        "train": lambda: other_script("train_vs_peft.py", trained, 120.0, "train_vs_peft", clock),
-        "estimate": lambda: other_script("estimate.py", [*where, "--shapes", "350m"], 120.0, "estimate", clock),
+        "train": lambda: other_script("train_vs_peft.py", trained, 120.0, f"train_vs_peft{suffix}", clock),
+        "estimate": lambda: other_script("estimate.py", [*where, "--shapes", "350m"], 120.0, f"estimate{suffix}", clock),
     }
     wanted = options.only.split(",") if options.only else list(parts)
     for name in {*wanted, *filter(None, options.skip.split(","))} - parts.keys():
@@ -149,7 +154,6 @@ class Results:
         if gpu and self.content["gpu"] and gpu["name"] != self.content["gpu"]["name"]:
             self.content["parts"] = {name: found}  # figures of two kinds of device do not belong in one table
         self.content["gpu"] = gpu or self.content["gpu"]
-        self.content["verdict"] = self.verdicts()
         self.path.parent.mkdir(exist_ok=True)
         partial = self.path.with_suffix(".partial")
         partial.write_text(json.dumps(self.content, sort_keys=True, separators=(",", ":")) + "\n", encoding="utf-8")
@@ -170,7 +174,8 @@ class Results:
 
     def verdicts(self) -> list[str]:
         return [
-            f"{name}: {item['ours']} against {item['theirs']}, {item['figure']}: {item['times_better']:.2f} times better: {'held' if item['held'] else 'MISSED'}"
+            f"{name}: {item['ours']} against {item['theirs']}, {item['figure']}: {item['times_better']:.2f} times better: "
+            f"{judge(item['times_better'], 1.0, least=True, ci95=item['ci95'])}"
             for name, part in self.content["parts"].items()
             for item in part.get("ratios", ())
         ]
@@ -271,7 +276,7 @@ def other_script(script: str, words: list[Any], least_s: float, result: str, clo
     elif done["returncode"]:
         yield {"failed": done["stderr"][-600:]}
     else:
-        yield {"said": f"see {result}{'_cuda' if clock.device == 'cuda' else ''}.json"}
+        yield {"said": f"see {result}.json"}
 
 
 def first_round_s(shape: str, group: str, options: argparse.Namespace, contexts: int) -> float:
@@ -297,17 +302,11 @@ def process_s(shape: str, name: str, options: argparse.Namespace) -> float:
 
 def weights_gb(shape: str, scheme: str) -> float:
     """Gigabytes of a model's weights, roughly."""
-    elements = 0
-    for spec in specs_of(config_of(shape)):
-        count = 1
-        for extent in spec.shape:
-            count *= extent
-        elements += count
-    return elements * BITS[scheme] / 8e9
+    return sum(spec.numel for spec in specs_of(config_of(shape))) * BITS[scheme] / 8e9
 
 
 def report_of(record: BenchRecord, made: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The rows in short, the ratios with their bars, and the whole record."""
+    """The rows in short, the ratios, and the whole record."""
     rows = {f"{row.setting}{'' if row.case.batch == 1 else f', batch {row.case.batch}'}": short(row, made[row.setting]) for row in record.rows}
     ratios = [item for row in record.rows if not row.setting.startswith(("torch", "builder")) for other in record.rows for item in beside(row, other)]
     return {"rows": rows, "ratios": ratios, "rounds": record.rounds, "gpu": record.machine.get("gpu"), "record": json.loads(record.to_json())}
@@ -338,13 +337,13 @@ def beside(row: Row, other: Row) -> Iterator[dict[str, Any]]:
     for metric in ("prefill", "decode"):
         if ratios := round_ratios(other.attempts, row.attempts, metric):
             found = compare(ratios)
-            yield {**head, "figure": metric, "times_better": found["effect"], "ci95": found["ci95"], "pairs": found["n_pairs"], "held": found["effect"] >= 1}
+            yield {**head, "figure": metric, "times_better": found["effect"], "ci95": found["ci95"], "pairs": found["n_pairs"]}
     if row.device_memory is None or other.device_memory is None:
         return
     for name in ("process_peak_bytes", "as_deployed_peak_bytes"):
         left, right = getattr(row.device_memory, name), getattr(other.device_memory, name)
         if left and right:
-            yield {**head, "figure": name.removesuffix("_bytes"), "times_better": right / left, "ci95": None, "pairs": 1, "held": right >= left}
+            yield {**head, "figure": name.removesuffix("_bytes"), "times_better": right / left, "ci95": None, "pairs": 1}
 
 
 def ask(job: dict[str, Any], timeout_s: float) -> dict[str, Any]:
@@ -357,7 +356,3 @@ def ask(job: dict[str, Any], timeout_s: float) -> dict[str, Any]:
             raise RuntimeError(f"{job['do']}: {'out of time' if done['returncode'] is None else done['stderr'][-500:]}")
         found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
     return found
-
-
-if __name__ == "__main__":
-    main()

@@ -84,7 +84,8 @@ class Foretold:
 
     def of(self, kind: str, setting: str, case: Case) -> int:
         shape = case.batch, case.prompt_tokens, case.new_tokens
-        return int(self.graphs[setting].of(*shape).peak_bytes or 0) if kind == "graph" else self.bases[setting].running(*shape)[2]
+        candidate = self.graphs[setting] if kind == "graph" else self.bases[setting]
+        return candidate.peak_bytes(*shape)
 
 
 def main() -> None:
@@ -187,7 +188,7 @@ def on_gpu(found: dict, row: Row) -> Row | None:
 
 
 def beside_published() -> list[dict]:
-    """The published figures of every shape with ours of the same thing: nf4, a LoRA of rank 16 on all linears, 1 x 512 tokens."""
+    """The published figures of every shape beside ours: nf4, a LoRA of rank 16 on all linears, 1 x 512 tokens, whatever theirs were (``remark`` says)."""
     rows = []
     for path in sorted((Path(__file__).parent / "shapes").glob("*.json")):
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -196,8 +197,9 @@ def beside_published() -> list[dict]:
             with verb.opened(outline(Path(text)), "nf4", "cuda") as base:
                 found = base.of(verb.EstimateConfig())
         ours = {"weights": found.weights_bytes, "running": found.running_bytes, "training": found.training_bytes}
-        rows += [{**asdict(row), "ours_bytes": ours.get(row.column or "")} for row in published_for(config)]
-        for row in rows[-len(published_for(config)) :]:
+        for published in published_for(config):
+            row = {**asdict(published), "ours_bytes": ours.get(published.column or "")}
+            rows.append(row)
             print(f"{row['model']:<14} {row['about']:<68} {row['nbytes'] / 1e9:8.2f} GB  ours {(row['ours_bytes'] or 0) / 1e9:8.2f} GB")
     return rows
 

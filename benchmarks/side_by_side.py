@@ -3,9 +3,10 @@
     python benchmarks/side_by_side.py                    # only the table, from the results there are
     python benchmarks/side_by_side.py --run [--model DIR] [--force] [--only WORDS] [--PEER-python PATH ...]
 
-``--run`` makes the other tools' environments (``peers.py``) and calls the scripts in turn, one at a time. A script is left out if its result was measured with exactly this code and these
-arguments (the ``code`` in its JSON), unless ``--force`` is given or FORCE=1 is set: a run that was cut short goes on where it stopped. A script that fails is named at the end and costs the
-others nothing. Without ``--model``, a real decoder with its tokenizer, only random models are compared, and what needs text is left out. Then the tables of both READMEs are made anew.
+``--run`` makes the other tools' environments (``peers.py``) and calls the scripts in turn, one at a time. A script is left out if its result was measured
+with exactly this code and these arguments (the ``code`` in its JSON), unless ``--force`` is given or FORCE=1 is set: a run that was cut short goes on where
+it stopped. A script that fails is named at the end and costs the others nothing. Without ``--model``, a real decoder with its tokenizer, only random models
+are compared, and what needs text is left out. Then the tables of both READMEs are made anew.
 
 About two and a half hours on two cores, on a machine that does nothing else; ``--dry-run`` says what would run.
 """
@@ -22,7 +23,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from claims import HEADS, Claim, everything, tally
+from claims import everything
+from judging import HEADS, Claim, tally
 from measured import RESULTS, code_version
 from peers import PACKAGES
 

@@ -3,7 +3,7 @@
 python benchmarks/tables.py            # rewrite both between their markers
 python benchmarks/tables.py --check    # exit 1 if one would change
 
-What a claim is and whether it is held is ``claims.py``'s. :func:`measured_files` lists every result file with the table that shows it.
+What is claimed is ``claims.py``'s, whether it is held ``judging.py``'s. :func:`measured_files` lists every result file with the table that shows it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from claims import HEADS, RESULTS, everything, headline, interval, on_cuda, result, sizes, tally
+from claims import MERGE_BARS, NF4_KL_SHARE, RESULTS, everything, gptq_room_bytes, headline, result, sizes
+from judging import HEADS, NOT_MEASURED, interval, mb, tally
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -38,11 +39,6 @@ def side_by_side() -> str:
     return f"{tally(found)}.\n\n{table(HEADS, [claim.cells for claim in found])}"
 
 
-def cuda() -> str:
-    """The claims that need a GPU, measured or not."""
-    return table(HEADS, [claim.cells for claim in on_cuda()])
-
-
 def cells() -> str:
     """Our int8 and int4 graphs beside every graph of the others, by size: how many times faster, and the KL to fp32 of both."""
     builder, optimum = sizes("export_vs_genai"), sizes("export_vs_optimum")
@@ -53,12 +49,12 @@ def cells() -> str:
             beside += [against_optimum(optimum.get(size, {}), f"ours {scheme} / optimum {other}") for other in ("fp32", "int8")]
             rows.append([f"{size}, {scheme}", *beside])
     heads = ["prefill x, decode x, KL: theirs to ours", "genai builder, same bits", "Optimum fp32", "Optimum dynamic int8"]
-    return table(heads, rows) if rows else "not measured"
+    return table(heads, rows) if rows else NOT_MEASURED
 
 
 def against_builder(item: dict[str, Any] | None) -> str:
     if item is None:
-        return "not measured"
+        return NOT_MEASURED
     prefill, decode = (item[f"{phase}_times_faster"]["median"] for phase in ("prefill", "decode"))
     return f"{prefill:.2f}, {decode:.2f}, {item['kl_mean']['theirs']:.1e} to {item['kl_mean']['ours']:.1e}"
 
@@ -68,7 +64,7 @@ def against_optimum(found: dict[str, Any], pair: str) -> str:
         return "Optimum failed"
     item = found.get("cells", {}).get(pair)
     if item is None:
-        return "not measured"
+        return NOT_MEASURED
     prefill, decode = (item[f"{phase}_times_faster"]["median"] for phase in ("prefill", "decode"))
     divergence = "" if pair.endswith("fp32") else f", {item['their_kl']:.1e} to {item['kl']:.1e}"
     return f"{prefill:.2f}, {decode:.2f}{divergence}"
@@ -78,7 +74,7 @@ def opened() -> str:
     """Which exports other programs opened as they are, and whether they said the same."""
     found = result("open_elsewhere")
     if not found:
-        return "not measured"
+        return NOT_MEASURED
     programs = {"onnxruntime-genai": "onnxruntime-genai", "Optimum": "ORTModel", "transformers.js": "transformers.js"}
     rows = []
     for model in dict.fromkeys(row["model"] for row in found["rows"]):
@@ -141,13 +137,14 @@ def merged() -> Iterator[list[str]]:
     peft = f"{share(rows['NF4 base, PEFT merge_and_unload']['gain'])} (PEFT)"
     unmerged = share(rows["NF4 base, unmerged"]["gain"])
     asked = {
-        "16-bit base, requant": (f"merge r={found['rank']} into NF4, original weights at hand (unmerged {unmerged}): gain kept", peft, ">= 92 %"),
-        "16-bit base, heal, tuned teaches": (f"… `--heal {found['heal_steps']} --teacher TUNED`", "", ">= 95 %"),
-        "NF4 base, keep-grid, no text": ("… only the NF4 weights at hand, no text", peft, ">= 85 %"),
-        "NF4 base, keep-grid, calib in-domain": ("… the same with `--calib`, in-domain", "", ">= 85 %"),
-        "NF4 base, heal, tuned teaches": (f"… the same, `--heal {found['heal_steps']} --teacher TUNED`", "", ""),
+        "16-bit base, requant": (f"merge r={found['rank']} into NF4, original weights at hand (unmerged {unmerged}): gain kept", peft),
+        "16-bit base, heal, tuned teaches": (f"… `--heal {found['heal_steps']} --teacher TUNED`", ""),
+        "NF4 base, keep-grid, no text": ("… only the NF4 weights at hand, no text", peft),
+        "NF4 base, keep-grid, calib in-domain": ("… the same with `--calib`, in-domain", ""),
+        "NF4 base, heal, tuned teaches": (f"… the same, `--heal {found['heal_steps']} --teacher TUNED`", ""),
     }
-    for name, (what, plain, wanted) in asked.items():
+    for name, (what, plain) in asked.items():
+        wanted = f">= {100 * MERGE_BARS[name]:.0f} %" if name in MERGE_BARS else ""
         low, high = rows[name]["gain_ci95"]
         yield [what, plain, f"{share(rows[name]['gain'])} [{100 * low:.1f}, {100 * high:.1f}]", wanted]
 
@@ -163,7 +160,7 @@ def calibrated_weights() -> Iterator[list[str]]:
                 low, high = rows[setting]["ratio_ci95"]
                 name = text.removesuffix(".txt")
                 plain = f"{rows['nf4']['kl']:.5f} (bitsandbytes)"
-                yield [f"NF4 {words}: KL to 16 bits on {name}", plain, f"{rows[setting]['ratio']:.2f} [{low:.2f}, {high:.2f}] of it", "<= 0.6"]
+                yield [f"NF4 {words}: KL to 16 bits on {name}", plain, f"{rows[setting]['ratio']:.2f} [{low:.2f}, {high:.2f}] of it", f"<= {NF4_KL_SHARE}"]
     if found := result("gptq_speed"):
         yield from speed(found)
 
@@ -172,8 +169,7 @@ def speed(found: dict[str, Any]) -> Iterator[list[str]]:
     seconds, peaks = found["seconds"], found["peak_bytes"]
     what = f"error feedback on NF4, 350 M, CPU, {100 * found['share_of_equal_codes']:.2f} % of the codes equal: time"
     yield [what, f"{seconds['loop']:.0f} s (plain GPTQ loop)", f"{seconds['ours']:.0f} s, {interval(found['faster'])} x faster", ">= 3"]
-    room = found["block_bytes"] + 1_000_000_000
-    yield ["… peak memory", f"{peaks['loop'] / 1e6:,.0f} MB", f"{peaks['ours'] / 1e6:,.0f} MB", f"<= {room / 1e6:,.0f} MB"]
+    yield ["… peak memory", mb(peaks["loop"]), mb(peaks["ours"]), f"<= {mb(gptq_room_bytes(found))}"]
     yield ["… all of `--calib`: candidates made and judged", "", f"{seconds['calib']:.0f} s, {peaks['calib'] / 1e6:,.0f} MB", ""]
 
 
@@ -196,7 +192,7 @@ def memory() -> str:
     """Peak memory by verb and depth."""
     found = result("memory")
     if not found:
-        return "not measured"
+        return NOT_MEASURED
     depths = sorted({row["layers"] for row in found["rows"]})
     verbs = list(dict.fromkeys(row["verb"] for row in found["rows"]))
     cells = {(row["verb"], row["layers"]): row for row in found["rows"]}
@@ -217,7 +213,7 @@ def training_memory() -> str:
     """The estimate of a run's memory beside its peak."""
     found = result("train_memory")
     if not found:
-        return "not measured"
+        return NOT_MEASURED
     rows = [
         [
             f"{row['shape']} `{row['options']}`{'' if row.get('fitted', True) else ', unseen'}",
@@ -253,13 +249,13 @@ def commands() -> str:
 def chain() -> str:
     """The demo's own table, as ``qlt demo`` wrote it."""
     path = RESULTS / "demo.md"
-    return path.read_text(encoding="utf-8").split("\n\n")[0] if path.exists() else "not measured"
+    return path.read_text(encoding="utf-8").split("\n\n")[0] if path.exists() else NOT_MEASURED
 
 
 def estimates() -> str:
     """`qlt estimate` of running a model, beside the peak of the process that then ran it."""
     if not (found := result("estimate")):
-        return "not measured"
+        return NOT_MEASURED
     rows = [
         [
             f"{row['shape']}{'' if row['tied'] else ', untied'}, {row['case']}{'' if row['fitted'] else ', unseen'}",
@@ -276,7 +272,7 @@ def estimates() -> str:
 def resnet() -> str:
     """int8 convolutions over a whole ResNet-50, beside what onnxruntime's own quantizer makes."""
     if not (found := result("convolutions")):
-        return "not measured"
+        return NOT_MEASURED
     rows = [
         [name, f"{row['median_ms']:.0f} ms", f"{row['speedup']:.2f}", f"{100 * row['error']:.1f} %"] for name, row in found["resnet50"]["threads 1"].items()
     ]
@@ -327,7 +323,6 @@ def measured_files() -> str:
 
 BLOCKS = {
     "side-by-side": side_by_side,
-    "cuda": cuda,
     "resnet": resnet,
     "estimates": estimates,
     "results": measured_files,

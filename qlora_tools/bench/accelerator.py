@@ -22,7 +22,7 @@ class Instruments:
     """Import paths: ``meter(device) -> Meter | None``; ``arena()``, a context manager with ``record()``; ``context(engine, meter, options) -> reading``."""
 
     meter: str = "qlora_tools.bench.device:open_meter"
-    arena: str = "qlora_tools.bench.device.arena:watch_arena"
+    arena: str = "qlora_tools.bench.device.arena:ArenaWatch"
     context: str = "qlora_tools.bench.device.context:hold_context"
 
 

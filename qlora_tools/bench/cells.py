@@ -8,7 +8,7 @@ from typing import Any
 
 from qlora_tools.bench import forward
 from qlora_tools.bench.record import BenchRecord, Row
-from qlora_tools.bench.rows import counted
+from qlora_tools.bench.rows import counted, peak_bytes
 from qlora_tools.bench.samples import Timing
 
 NOT_KNOWN = "n/a"
@@ -93,8 +93,7 @@ def _how(row: Row, field: str) -> str:
 def peak_cell(row: Row) -> Cell:
     """The largest peak of the rounds; what it may be instead is the range over the rounds."""
     cell = bytes_cell(row.memory.peak_bytes if row.memory else None, _memory_note(row))
-    phases = [[attempt.memory.get(phase, {}).get("peak_bytes") or 0 for phase in ("loaded", "steady")] for attempt in counted(row.attempts)]
-    peaks = [max(found) / 1e6 for found in phases if max(found)]
+    peaks = [peak / 1e6 for peak in map(peak_bytes, counted(row.attempts)) if peak]
     return replace(cell, interval=(min(peaks), max(peaks))) if cell.value is not None and peaks else cell
 
 

@@ -1,6 +1,6 @@
 """The page's bars: times with intervals, memory split by what holds it. Record in, SVG text out.
 
-Each returns ``None`` where the record has nothing to draw. Bars show one case, the first unless named; how figures follow the case is
+Each returns ``None`` where the record has nothing to draw. Bars show the first case; how figures follow the case is
 ``charts_sweep.py``'s, cost against loss ``charts_pareto.py``'s, extracted layers ``charts_layers.py``'s.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qlora_tools.bench.record import BenchRecord, Case, DeviceMemory
+from qlora_tools.bench.record import BenchRecord, DeviceMemory, Memory
 from qlora_tools.bench.samples import Timing
 from qlora_tools.bench.svg import Scale, amount, bar, figure, label_room, line, linear_scale, shorten, text, ticks
 
@@ -17,13 +17,21 @@ _BAR_HEIGHT, _BAR_STEP = 18.0, 32.0
 _VALUE_ROOM = 70.0
 
 
-def timing_chart(record: BenchRecord, field: str, unit_title: str, case: Case | None = None) -> str | None:
+def timed(record: BenchRecord, field: str) -> list[tuple[str, Timing]]:
+    """(setting's name, a row's :class:`Timing`) of what has one at the first case."""
+    rows = record.rows_at(record.workload.cases[0])
+    return [(record.setting(row.setting).name, timing) for row in rows if (timing := getattr(row, field)) is not None and timing.p50_s is not None]
+
+
+def resident(record: BenchRecord) -> list[tuple[str, Memory]]:
+    """(setting's name, memory of its process) of what tells its peak at the first case."""
+    rows = record.rows_at(record.workload.cases[0])
+    return [(record.setting(row.setting).name, row.memory) for row in rows if row.memory is not None and row.memory.peak_bytes is not None]
+
+
+def timing_chart(record: BenchRecord, field: str, unit_title: str) -> str | None:
     """Horizontal bars of a row's :class:`Timing` medians in milliseconds, with the interval of the median as a whisker."""
-    found: list[tuple[str, Timing]] = []
-    for row in record.rows_at(case or record.workload.cases[0]):
-        timing = getattr(row, field)
-        if timing is not None and timing.p50_s is not None:
-            found.append((record.setting(row.setting).name, timing))
+    found = timed(record, field)
     if not found:
         return None
     left = label_room([name for name, _ in found])
@@ -42,10 +50,9 @@ def timing_chart(record: BenchRecord, field: str, unit_title: str, case: Case | 
     return figure(parts, WIDTH, bottom + 44, unit_title)
 
 
-def memory_chart(record: BenchRecord, case: Case | None = None) -> str | None:
+def memory_chart(record: BenchRecord) -> str | None:
     """What is resident after the runs, split, with the peak of the whole process as a tick."""
-    rows = record.rows_at(case or record.workload.cases[0])
-    found = [(record.setting(row.setting).name, row.memory) for row in rows if row.memory is not None and row.memory.peak_bytes is not None]
+    found = resident(record)
     if not found:
         return None
     left = label_room([name for name, _ in found])
@@ -97,11 +104,19 @@ def device_pieces(memory: DeviceMemory) -> list[Piece]:
     return pieces
 
 
-def device_chart(record: BenchRecord, case: Case | None = None) -> str | None:
-    """The device's memory per setting: weights, rest of the arena, context, rest of the process, and what the defaults take beyond; a tick at the least limit."""
-    rows = [row for row in record.rows_at(case or record.workload.cases[0]) if row.device_memory is not None]
-    found = [(record.setting(row.setting).name, row.device_memory, device_pieces(row.device_memory)) for row in rows if row.device_memory is not None]
-    found = [item for item in found if item[2]]
+def on_device(record: BenchRecord) -> list[tuple[str, DeviceMemory, list[Piece]]]:
+    """(setting's name, its memory of the device, the pieces of its bar) of what has any at the first case."""
+    rows = record.rows_at(record.workload.cases[0])
+    known = [(record.setting(row.setting).name, row.device_memory) for row in rows if row.device_memory is not None]
+    return [(name, memory, pieces) for name, memory in known if (pieces := device_pieces(memory))]
+
+
+def device_chart(record: BenchRecord) -> str | None:
+    """The device's memory per setting: weights, rest of the arena, context, rest of the process, and what the defaults take beyond.
+
+    A tick stands at the least limit.
+    """
+    found = on_device(record)
     if not found:
         return None
     left = label_room([name for name, _, _ in found])

@@ -13,17 +13,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, geometric_mean, median, variance
+from statistics import fmean, geometric_mean, variance
 from typing import Any, Literal
 
+from qlora_tools.bench.pairs import METRICS, round_medians
 from qlora_tools.bench.pareto import ROUNDING_NATS
-from qlora_tools.bench.record import Attempt, BenchRecord, Case, Quality, Row, Setting
-from qlora_tools.bench.rows import counted
+from qlora_tools.bench.record import BenchRecord, Case, Quality, Row, Setting
+from qlora_tools.bench.rows import counted, peak_bytes
+from qlora_tools.bench.samples import CONFIDENCE
 from qlora_tools.errors import IncompatibleError, UsageError
 from qlora_tools.names import shortened
 
 MARGIN = 0.05
-CONFIDENCE = 0.95
 Verdict = Literal["better", "worse", "tie", "unknown"]
 #: Ratio and interval of two settings' stored figures, judged on the same windows; ``None`` where they were not.
 Paired = Callable[[Mapping[str, Any], Mapping[str, Any]], tuple[float, tuple[float, float] | None] | None]
@@ -127,24 +128,13 @@ def _at_case(setting: Setting, new: Row, old: Row, margin: float) -> Iterator[Ch
         said = f"was {old.status}, is {new.status}" + (f": {new.reason}" if new.reason and new.status != "ok" else "")
         yield Change(setting.id, setting.name, new.case, "runs", "", None, None, None, None, verdict, said)
         return
-    rounds: list[tuple[str, str, Callable[[Attempt], float | None]]] = [
-        ("prefill", "s", lambda attempt: median(attempt.prefill_s) if attempt.prefill_s else None),
-        ("decode", "s", lambda attempt: median(steps) if (steps := [step for run in attempt.decode_s for step in run]) else None),
-        ("peak memory", "B", peak_bytes),
-    ]
-    for metric, unit, read in rounds:
-        now, before = _per_round(new, read), _per_round(old, read)
+    for metric, unit in (*((metric, "s") for metric in METRICS), ("peak memory", "B")):
+        now, before = _per_round(new, metric), _per_round(old, metric)
         if now or before:
             yield _change(setting, new.case, metric, unit, before, now, margin)
     before_on, now_on = (row.device_memory.as_deployed_peak_bytes if row.device_memory else None for row in (old, new))
     if before_on is not None or now_on is not None:
         yield _exact(setting, new.case, "device memory", "B", before_on, now_on, margin)
-
-
-def peak_bytes(attempt: Attempt) -> int | None:
-    """The high-water mark of one process, loading included."""
-    found = [attempt.memory.get(phase, {}).get("peak_bytes") for phase in ("loaded", "steady")]
-    return max((peak for peak in found if peak), default=None)
 
 
 def _files(setting: Setting, new: Row, old: Row, margin: float) -> Iterator[Change]:
@@ -177,8 +167,10 @@ def _kl(setting: Setting, new: Quality | None, old: Quality | None, margin: floa
     yield change(found[0], found[1], _verdict(found[0], found[1], margin), None if found[1] else "too few windows for an interval")
 
 
-def _per_round(row: Row, read: Callable[[Attempt], float | None]) -> list[float]:
-    return [value for attempt in counted(row.attempts) if (value := read(attempt)) is not None and value > 0]
+def _per_round(row: Row, metric: str) -> list[float]:
+    """One value of each round that has any; what is not one of :data:`METRICS` is the peak of memory."""
+    values = round_medians(row.attempts, metric).values() if metric in METRICS else map(peak_bytes, counted(row.attempts))
+    return [value for value in values if value]
 
 
 def _change(setting: Setting, case: Case, metric: str, unit: str, old: Sequence[float], new: Sequence[float], margin: float) -> Change:

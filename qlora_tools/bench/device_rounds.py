@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any
 
 from qlora_tools.bench.accelerator import Accelerator
@@ -38,11 +39,22 @@ class DeviceRounds:
 
     def _lean(self, setting: Setting, row: Row, accelerator: Accelerator) -> list[Attempt]:
         """Attempts until one was not disturbed."""
+        found: list[Attempt] = []
+        while len(found) < _MOST_TRIES:
+            found.append(self._once(["device-memory", setting.id, row.case, len(found)], setting, row, accelerator))
+            if found[-1].status != "ok" or figure(found[-1].device).reason is None:
+                break
+        return found
+
+    def _once(self, key: Sequence[Any], setting: Setting, row: Row, accelerator: Accelerator, limit_bytes: int | None = None) -> Attempt:
+        """One attempt with an arena that extends by just what is asked for, from the journal if it is there."""
 
         def measure() -> Attempt:
-            return measure_lean(setting, self.workload, row.case, threads=self.threads, timeout_s=self.timeout_s, accelerator=accelerator)
+            return measure_lean(
+                setting, self.workload, row.case, threads=self.threads, timeout_s=self.timeout_s, accelerator=accelerator, limit_bytes=limit_bytes
+            )
 
-        return self._undisturbed(["device-memory", setting.id, row.case], measure)
+        return self.journal.once(key, Attempt, measure)
 
     def _context(self, setting: Setting, accelerator: Accelerator) -> list[Mapping[str, Any]]:
         key = (setting.engine, accelerator.uuid)
@@ -58,29 +70,16 @@ class DeviceRounds:
                     self._contexts[key].append(attempt.device)
         return self._contexts[key]
 
-    def _undisturbed(self, key: Sequence[Any], measure: Callable[[], Attempt]) -> list[Attempt]:
-        found: list[Attempt] = []
-        while len(found) < _MOST_TRIES:
-            found.append(self.journal.once([*key, len(found)], Attempt, measure))
-            if found[-1].status != "ok" or figure(found[-1].device).reason is None:
-                break
-        return found
-
     def _limit(self, setting: Setting, row: Row, accelerator: Accelerator, lean: Sequence[Attempt]) -> LimitSearch:
         most_bytes = accelerator.facts.get("memory_bytes")
         if most_bytes is None or row.weights_bytes is None or lean[-1].status != "ok":
             return LimitSearch(None, (), "where to look is not known: the device, the weights or the run without a limit does not tell its size")
 
-        def attempt(limit_bytes: int) -> Attempt:
-            return self.journal.once(
-                ["limit", setting.id, row.case, limit_bytes, next(numbers)],
-                Attempt,
-                lambda: measure_lean(
-                    setting, self.workload, row.case, threads=self.threads, timeout_s=self.timeout_s, accelerator=accelerator, limit_bytes=limit_bytes
-                ),
-            )
+        numbers = count()
 
-        numbers = iter(range(1000))
+        def attempt(limit_bytes: int) -> Attempt:
+            return self._once(["limit", setting.id, row.case, limit_bytes, next(numbers)], setting, row, accelerator, limit_bytes)
+
         first = attempt(most_bytes)
         if first.status != "ok":
             refused = _SAYS_NO_LIMIT in (first.reason or "")

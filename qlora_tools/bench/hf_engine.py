@@ -51,7 +51,8 @@ def load(
     ``memory``: one of :data:`MEMORY_MODES`; ``memory_limit``: the most bytes that torch's allocator may take of a GPU.
 
     Raises:
-        UsageError: a word that is not known, no such device, or a folder that is quantized already. MissingError: no such folder.
+        UsageError: a word that is not known, no such device, or a folder that is quantized already. MissingError: no such folder. CorruptError: config.json
+        is not JSON or names no known dtype.
     """
     words = loading_words(path, threads=threads, dtype=dtype, device=device, quantize=quantize, memory=memory, memory_limit=memory_limit)
     return TransformersEngine(settled(AutoModelForCausalLM.from_pretrained(path, **words), adapter))
@@ -107,7 +108,7 @@ def _prepare_device(device: str, memory_limit: int | None) -> None:
 
 def _quantization(name: str, dtype: str, folder: Path) -> BitsAndBytesConfig:
     """Raises:
-    UsageError: the folder is quantized already. CorruptError: config.json is not JSON.
+    UsageError: the folder is quantized already. CorruptError: config.json is not JSON, or names no dtype that is known.
     """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

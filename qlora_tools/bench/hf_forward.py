@@ -19,7 +19,7 @@ from qlora_tools.bench.hf_engine import loading_words, quantization_method, sett
 from qlora_tools.checkpoint.reader import read_json
 from qlora_tools.errors import UnsupportedError
 from qlora_tools.models.feeds import draw_feed, reads_text
-from qlora_tools.models.work import inputs_of_class, inputs_of_denoiser, is_of_diffusers
+from qlora_tools.models.work import FORWARD, inputs_of_class, inputs_of_denoiser, is_of_diffusers
 
 FACTORY = "qlora_tools.bench.hf_forward:load"
 #: Fields of a model's output that are no results.
@@ -41,8 +41,8 @@ def load(
     """Load a local folder, with options as in ``hf_engine``. ``task`` (a name of transformers' pipelines) chooses another class than config.json's.
 
     Raises:
-        UsageError, MissingError: as there. UnsupportedError: no class for it, or one whose inputs cannot be drawn; no adapter and no quantization on a model
-        of diffusers.
+        UsageError, MissingError, CorruptError: as there. UnsupportedError: no class for it, or one whose inputs cannot be drawn; no adapter and no quantization
+        on a model of diffusers.
     """
     words = loading_words(path, threads=threads, dtype=dtype, device=device, quantize=quantize, memory=memory, memory_limit=memory_limit)
     folder = Path(path)
@@ -58,10 +58,8 @@ def load(
     except (ValueError, KeyError, ImportError) as error:
         raise UnsupportedError(f"{folder}: transformers cannot load it: {str(error)[:300]}", hint="check config.json") from error
     model = settled(loaded, adapter)
-    names, quantization = (
-        inputs_of_class(model.config.to_dict(), model.main_input_name, inspect.signature(model.forward).parameters),
-        quantization_method(model.config),
-    )
+    names = inputs_of_class(model.config.to_dict(), model.main_input_name, inspect.signature(model.forward).parameters)
+    quantization = quantization_method(model.config)
     if config.get("is_encoder_decoder") and hasattr(model, "prepare_inputs_for_generation"):
         names = tuple(name for name in names if name != "decoder_input_ids")
         return TorchForward(model.get_encoder(), config, processor, names, part="encoder", quantization=quantization)
@@ -109,7 +107,7 @@ class TorchForward:
 
     def info(self) -> Mapping[str, Any]:
         facts = {
-            "work": "forward",
+            "work": FORWARD,
             "runtime": "diffusers" if is_of_diffusers(self._config) else "transformers",
             "device": str(self._device),
             "weights_bytes": stored_bytes(self._model),

@@ -24,7 +24,11 @@ from qlora_tools.errors import IncompatibleError
 from qlora_tools.resampling import bounds, drawn
 
 FEWEST_ROUNDS = 5
-METRICS = ("prefill", "decode")
+_RUNS: Mapping[str, Callable[[Attempt], Sequence[float]]] = {
+    "prefill": lambda attempt: attempt.prefill_s,
+    "decode": lambda attempt: [step for run in attempt.decode_s for step in run],
+}
+METRICS = tuple(_RUNS)
 
 
 @dataclass(frozen=True)
@@ -56,19 +60,16 @@ class Agreement:
         return self.ratios[0].difference if self.ratios else None
 
 
-def latency_comparisons(rows: Sequence[Row], first: str, metrics: Sequence[str] = METRICS) -> list[dict[str, Any]]:
+def latency_comparisons(rows: Sequence[Row], first: str) -> list[dict[str, Any]]:
     """Every other setting (``a``) against the setting ``first`` (``b``), case by case, as plain JSON.
 
     ``effect`` is the time of a over that of b; ``verdict`` says who is faster: ``a``, ``b`` or ``tie`` (the interval holds 1, or there is none and
     ``reason`` says why).
     """
-    found = []
-    for case, base, row in _beside_first(rows, first):
-        for metric in metrics:
-            ratios_W = round_ratios(row.attempts, base.attempts, metric)
-            if ratios_W:
-                found.append({"a": row.setting, "b": first, "metric": metric, "case": [case.batch, case.prompt_tokens, case.new_tokens], **compare(ratios_W)})
-    return found
+    return [
+        {"a": setting, "b": first, "metric": metric, "case": [case.batch, case.prompt_tokens, case.new_tokens], **compare(ratios_W)}
+        for setting, case, metric, ratios_W in _beside_first(rows, first)
+    ]
 
 
 def compare(ratios_W: Sequence[float]) -> dict[str, Any]:
@@ -82,11 +83,11 @@ def compare(ratios_W: Sequence[float]) -> dict[str, Any]:
 
 def round_ratios(a: Sequence[Attempt], b: Sequence[Attempt], metric: str) -> list[float]:
     """a's median over b's in every round that both went through."""
-    times_a, times_b = _round_medians(a, metric), _round_medians(b, metric)
+    times_a, times_b = round_medians(a, metric), round_medians(b, metric)
     return [times_a[number] / times_b[number] for number in sorted(times_a.keys() & times_b.keys()) if times_b[number] > 0 < times_a[number]]
 
 
-def agreement(one: BenchRecord, other: BenchRecord, metrics: Sequence[str] = METRICS) -> Agreement:
+def agreement(one: BenchRecord, other: BenchRecord) -> Agreement:
     """How well two runs of the same benchmark agree in every ratio of a setting's time to the first setting's.
 
     Raises:
@@ -99,7 +100,7 @@ def agreement(one: BenchRecord, other: BenchRecord, metrics: Sequence[str] = MET
         )
     if not set(one.workload.cases) & set(other.workload.cases):
         raise IncompatibleError("the two records have no case in common", hint="measure the same --prompt, --new and --batch")
-    left, right = _ratios(one, first, metrics), _ratios(other, first, metrics)
+    left, right = _ratios(one, first), _ratios(other, first)
     shared = [TimeRatio(*key, left[key], right[key]) for key in left if key in right]
     missing = [
         f"{setting}, {case.name}, {metric}"
@@ -109,31 +110,21 @@ def agreement(one: BenchRecord, other: BenchRecord, metrics: Sequence[str] = MET
     return Agreement(tuple(sorted(shared, key=lambda ratio: -ratio.difference)), tuple(missing))
 
 
-def _ratios(record: BenchRecord, first: str, metrics: Sequence[str]) -> dict[tuple[str, Case, str], float]:
-    found = {}
-    for case, base, row in _beside_first(record.rows, first):
-        for metric in metrics:
-            ratios_W = round_ratios(row.attempts, base.attempts, metric)
-            if ratios_W:
-                found[row.setting, case, metric] = median(ratios_W)
-    return found
+def _ratios(record: BenchRecord, first: str) -> dict[tuple[str, Case, str], float]:
+    return {(setting, case, metric): median(ratios_W) for setting, case, metric, ratios_W in _beside_first(record.rows, first)}
 
 
-def _beside_first(rows: Sequence[Row], first: str) -> Iterator[tuple[Case, Row, Row]]:
-    """(case, the first setting's row, another setting's row) wherever there are both; one that failed has no round to be paired by."""
+def _beside_first(rows: Sequence[Row], first: str) -> Iterator[tuple[str, Case, str, list[float]]]:
+    """(setting, case, metric, its ratios to the first setting) wherever there are both; one that failed has no round to be paired by."""
     base: Mapping[Case, Row] = {row.case: row for row in rows if row.setting == first}
     for row in rows:
-        if row.setting != first and row.case in base:
-            yield row.case, base[row.case], row
+        for metric in METRICS if row.setting != first and row.case in base else ():
+            ratios_W = round_ratios(row.attempts, base[row.case].attempts, metric)
+            if ratios_W:
+                yield row.setting, row.case, metric, ratios_W
 
 
-_RUNS: Mapping[str, Callable[[Attempt], Sequence[float]]] = {
-    "prefill": lambda attempt: attempt.prefill_s,
-    "decode": lambda attempt: [step for run in attempt.decode_s for step in run],
-    "load": lambda attempt: [] if attempt.load_s is None else [attempt.load_s],
-}
-
-
-def _round_medians(attempts: Sequence[Attempt], metric: str) -> dict[int, float]:
+def round_medians(attempts: Sequence[Attempt], metric: str) -> dict[int, float]:
+    """Round -> the median of its samples, in seconds, of the attempts that count."""
     samples = {attempt.round: _RUNS[metric](attempt) for attempt in counted(attempts)}
     return {number: median(found) for number, found in samples.items() if found}

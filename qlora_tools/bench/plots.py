@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_tools.bench.cells import is_forward, reads_length
-from qlora_tools.bench.charts import device_pieces
+from qlora_tools.bench.charts import on_device, resident, timed
 from qlora_tools.bench.charts_pareto import frontier_steps
 from qlora_tools.bench.charts_sweep import AXES, sweeps
 from qlora_tools.bench.pareto import Cost, Loss, Point, points, views
@@ -127,12 +127,11 @@ def _label_points(axes: Any, found: list[Point], steps: list[tuple[float, float,
 
 
 def _timing(axes: Any, record: BenchRecord, field: str, title: str) -> bool:
-    rows = record.rows_at(record.workload.cases[0])
-    found = [(record.setting(row.setting).name, timing) for row in rows if (timing := getattr(row, field)) is not None and timing.p50_s is not None]
+    found = timed(record, field)
     if not found:
         return False
     for i, (_, timing) in enumerate(found):
-        axes.barh(i, 1e3 * timing.p50_s, height=0.6, color=BLUE)
+        axes.barh(i, 1e3 * (timing.p50_s or 0.0), height=0.6, color=BLUE)
         if timing.ci95_p50_s:
             axes.hlines(i, *(1e3 * bound for bound in timing.ci95_p50_s), color=INK, linewidth=1.4)
     _name_bars(axes, [name for name, _ in found], title)
@@ -140,8 +139,7 @@ def _timing(axes: Any, record: BenchRecord, field: str, title: str) -> bool:
 
 
 def _memory(axes: Any, record: BenchRecord, at: str) -> bool:
-    rows = record.rows_at(record.workload.cases[0])
-    found = [(record.setting(row.setting).name, row.memory) for row in rows if row.memory is not None and row.memory.peak_bytes is not None]
+    found = resident(record)
     if not found:
         return False
     for i, (_, memory) in enumerate(found):
@@ -155,9 +153,7 @@ def _memory(axes: Any, record: BenchRecord, at: str) -> bool:
 
 
 def _device(axes: Any, record: BenchRecord, at: str) -> bool:
-    rows = [row for row in record.rows_at(record.workload.cases[0]) if row.device_memory is not None]
-    found = [(record.setting(row.setting).name, row.device_memory, device_pieces(row.device_memory)) for row in rows if row.device_memory is not None]
-    found = [item for item in found if item[2]]
+    found = on_device(record)
     named: set[str] = set()
     for i, (_, memory, pieces) in enumerate(found):
         start = 0.0

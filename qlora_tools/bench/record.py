@@ -182,7 +182,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Bytes on an accelerator: five numbers and never one, since each answers another question.
+    """Bytes on an accelerator: five numbers and never one, since each answers another question; a sixth, the least limit, on request.
 
     ``weights_bytes``: the exact sum of the stored weights. ``arena_peak_bytes``: the runtime's own allocator, extended by just what is asked for.
     ``context_bytes``: a process that holds one operator. ``process_peak_bytes``: all of the process while the arena is so. ``as_deployed_peak_bytes``: all

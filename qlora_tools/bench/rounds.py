@@ -1,8 +1,8 @@
 """The schedule: who is measured when, who once more, and who not again.
 
-A round measures every setting at every case once, settings of one case next to each other: forwards, then backwards, then one further along, so that a busy
-minute of the machine, and what one setting leaves in the caches for the next, fall on all of them. An attempt beside which tasks waited for a CPU longer than the limit declared before is taken once more at
-the end of its round; both are kept. Where all of a round's second attempts were disturbed as well, the machine is busy for good, and no round after
+A round measures every setting at every case once, settings of one case next to each other: forwards, then backwards, then one further along, so that a
+busy minute of the machine, and what one setting leaves in the caches for the next, fall on all of them. An attempt beside which tasks waited for a CPU
+longer than the limit declared before is taken once more at the end of its round; both are kept. Where all of a round's second attempts were disturbed as well, the machine is busy for good, and no round after
 it takes any. What can never work (no such kernel, no such device, an export that failed) is tried once, and what ran out of
 memory or time in two rounds and never worked is not tried in a third.
 """

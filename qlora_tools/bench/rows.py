@@ -61,6 +61,11 @@ def counted(attempts: Iterable[Attempt]) -> list[Attempt]:
     return [calmest[number] for number in sorted(calmest)]
 
 
+def peak_bytes(attempt: Attempt) -> int | None:
+    """The high-water mark of one process, loading included."""
+    return max((peak for phase in ("loaded", "steady") if (peak := _reading(attempt, phase, "peak_bytes"))), default=None)
+
+
 def summarise_memory(attempts: Sequence[Attempt]) -> tuple[Memory, dict[str, str]]:
     """The largest readings of the rounds, what must hold between them, and why some are missing."""
 

@@ -49,9 +49,9 @@ def run_bench(
 ) -> BenchRecord:
     """Measure ``settings``; times are compared to the first one's.
 
-    ``limits``: also look for the least memory of an accelerator under which each case runs, which takes many processes. ``contexts``: empty processes per engine and accelerator. ``energy_s``: how long
-    each case works on in the first round so that an accelerator's counter of energy is worth reading; 0 leaves it out. ``stall_limit``: the share of an
-    attempt in which tasks may wait for a CPU before it is taken once more. ``journal``: a file that keeps what is finished; the same benchmark
+    ``limits``: also look for the least memory of an accelerator under which each case runs, which takes many processes. ``contexts``: empty processes per
+    engine and accelerator. ``energy_s``: how long each case works on in the first round so that an accelerator's counter of energy is worth reading; 0 leaves
+    it out. ``stall_limit``: the share of an attempt in which tasks may wait for a CPU before it is taken once more. ``journal``: a file that keeps what is finished; the same benchmark
     called again goes on from it. It is left there: who has stored the record removes it.
 
     Raises:
@@ -182,7 +182,8 @@ def _notes(rows: Sequence[Row], stall_limit: float, recalled: int) -> tuple[str,
     contended = [row.setting for row in rows if (row.cpu_stall or 0) > stall_limit]
     if contended:
         notes.append(
-            f"The machine was busy: tasks waited for a CPU more than {stall_limit:.0%} of the time beside {shortened(sorted(set(contended)))}. Trust ratios, not absolute times."
+            f"The machine was busy: tasks waited for a CPU more than {stall_limit:.0%} of the time beside {shortened(sorted(set(contended)))}. "
+            "Trust ratios, not absolute times."
         )
     unsteady = [row.setting for row in rows if any(attempt.is_steady is False for attempt in row.attempts)]
     if unsteady:

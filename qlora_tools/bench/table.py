@@ -30,11 +30,11 @@ from qlora_tools.bench.cells import (
     speedup_cell,
     time_cell,
 )
+from qlora_tools.bench.pairs import METRICS as LATENCIES
 from qlora_tools.bench.record import BenchRecord, Case, Row
 from qlora_tools.names import shortened
 
 _METRIC_NAMES = {"kl": "KL", "ppl": "perplexity", "top1": "top-1 agreement", "error": "the error of the outputs", "accuracy": "accuracy"}
-_LATENCIES = frozenset({"decode", "prefill"})  # their verdicts stand in the table
 _DEVICE_COLUMNS = (
     ("arena_peak_bytes", "VRAM arena"),
     ("context_bytes", "context"),
@@ -159,7 +159,7 @@ def _times(record: BenchRecord) -> list[_Maker]:
         ),
         (Column("energy", "Energy", "J/token", "low"), energy_cell),
     ]
-    compared = {str(found.get("metric")) for found in record.comparisons if found.get("ci95")} & _LATENCIES
+    compared = {str(found.get("metric")) for found in record.comparisons if found.get("ci95")} & set(LATENCIES)
     words = {"prefill": "Forward" if all(is_forward(row) for row in record.rows if row.status == "ok") else "Prefill", "decode": "Decode"}
     return [
         *columns,
@@ -259,13 +259,13 @@ def unknowns(record: BenchRecord) -> list[str]:
 
 def undecided(record: BenchRecord) -> list[str]:
     """Why speeds have no verdict, where they have none: a sentence per reason."""
-    reasons = dict.fromkeys(str(found["reason"]) for found in record.comparisons if found["metric"] in _LATENCIES and found.get("reason"))
+    reasons = dict.fromkeys(str(found["reason"]) for found in record.comparisons if found["metric"] in LATENCIES and found.get("reason"))
     return [f"who is faster is not sure: {reason}" for reason in reasons]
 
 
 def ties(record: BenchRecord) -> list[str]:
     """Pairs that must not be ranked in quality; ties in latency stand in the table."""
-    pairs = [(found["a"], found["b"], found["metric"]) for found in record.comparisons if found.get("verdict") == "tie" and found["metric"] not in _LATENCIES]
+    pairs = [(found["a"], found["b"], found["metric"]) for found in record.comparisons if found.get("verdict") == "tie" and found["metric"] not in LATENCIES]
     names = {setting.id: setting.name for setting in record.settings}
     return [f"{names.get(a, a)} and {names.get(b, b)} tie in {_METRIC_NAMES.get(metric, metric)}" for a, b, metric in pairs]
 

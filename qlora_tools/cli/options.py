@@ -15,20 +15,23 @@ from qlora_tools.cli.screen import Screen
 from qlora_tools.cli.session import Session
 
 
-class _Size(click.ParamType[int]):
-    """``20MB``, ``1.5GB``, ``512KiB`` or a plain number of bytes."""
+class Size(click.ParamType[int]):
+    """``20MB``, ``1.5GB``, ``512KiB`` or a plain number of bytes; with ``needs_unit`` that is refused, where half of its readers would mean another unit."""
 
     name = "size"
-    _units: ClassVar[dict[str, float]] = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+    _units: ClassVar[dict[str, float]] = {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+    def __init__(self, *, needs_unit: bool = False) -> None:
+        self.known = self._units if needs_unit else {"": 1, **self._units}
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", str(value))
-        if not match or match[2].lower() not in self._units:
-            self.fail(f"{value!r} is not a size; write 20MB, 1.5GB or a number of bytes", param, ctx)
-        return int(float(match[1]) * self._units[match[2].lower()])
+        if not match or match[2].lower() not in self.known:
+            self.fail(f"{value!r} is not a size; write 20MB, 1.5GiB{' or a number of bytes' if '' in self.known else ''}", param, ctx)
+        return int(float(match[1]) * self.known[match[2].lower()])
 
 
-SIZE = _Size()
+SIZE = Size()
 F = TypeVar("F", bound=Callable[..., Any])
 
 

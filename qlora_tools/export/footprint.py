@@ -35,7 +35,7 @@ class Weights:
 
     ``packed``: codes and floats that a kernel copies into an order of its own; ``integers``: those of them that QGemm packs, out of a transposed copy
     of which the ``largest`` stays with the allocator; ``scales``: of blocks, copied twice and kept as well; ``mapped``: read whole out of the file's mapping;
-    ``tables``: (bytes, rows) of what is only looked up, row by row.
+    ``tables``: bytes of each that is only looked up, row by row.
     """
 
     packed: int = 0
@@ -43,27 +43,26 @@ class Weights:
     largest: int = 0
     scales: int = 0
     mapped: int = 0
-    tables: tuple[tuple[int, int], ...] = ()
+    tables: tuple[int, ...] = ()
 
     def looked_up(self, tokens: int) -> int:
         """Bytes of the tables that ``tokens`` rows, spread evenly, bring into memory; at most all."""
-        return sum(int(size * -math.expm1(-tokens * _FAULT_BYTES / size)) for size, _ in self.tables if size)
+        return sum(int(size * -math.expm1(-tokens * _FAULT_BYTES / size)) for size in self.tables if size)
 
 
 def weights_of(model: ir.Model) -> Weights:
     """Sort the tensors of ``model``'s data file by the nodes that read them. Names for the same bytes count once."""
     uses: dict[int, set[tuple[str, int]]] = {}
-    sizes: dict[int, tuple[int, int]] = {}
+    sizes: dict[int, int] = {}
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor):
             tensor = value.const_value
             place = int(tensor.offset or 0)
-            rows = int(tensor.shape[0]) if len(tensor.shape) else 1  # type: ignore[call-overload]
-            sizes[place] = int(tensor.length or 0), rows
+            sizes[place] = int(tensor.length or 0)
             uses.setdefault(place, set()).update((node.op_type, index) for node, index in value.uses())
     total: Counter[str] = Counter()
     tables = []
-    for place, (size, rows) in sizes.items():
+    for place, size in sizes.items():
         kinds = uses[place]
         factors = {name for name, index in kinds if (name, index) in _FACTORS}
         read = {name for name, _ in kinds} - set(_LOOKED_UP) - factors
@@ -77,7 +76,7 @@ def weights_of(model: ir.Model) -> Weights:
         if read or (factors and len({name for name, _ in kinds}) > 1):
             total["mapped"] += size
         if not factors and not read:
-            tables.append((size, rows))
+            tables.append(size)
     return Weights(**total, tables=tuple(tables))
 
 
@@ -217,7 +216,7 @@ def _shapes(node: ir.Node, inputs: Sequence[Seen | None]) -> list[Seen | None]:
         found = _RULES[node.op_type](node, [part if part is not None else Seen((), 0) for part in inputs])
     else:
         raise UnsupportedError(f"the memory of `{node.op_type}` is not foretold", hint="measure it with `qlt bench`")
-    return [None if part is None else Seen(part.shape, part.itemsize, part.content if node.op_type in ("Shape", "Range") else None) for part in found]
+    return [None if part is None else Seen(part.shape, part.itemsize, part.content if node.op_type == "Range" else None) for part in found]
 
 
 def _first(inputs: Sequence[Seen | None]) -> Seen:
@@ -243,7 +242,18 @@ def _axis(node: ir.Node, otherwise: int = 0) -> int:
     return int(node.attributes.get_int("axis", otherwise))
 
 
-def _sliced(node: ir.Node, x: Any, starts: Any, ends: Any, axes: Any = None) -> Any:
+def _known(node: ir.Node, part: Seen) -> NDArray[Any]:
+    """The content that the shape of a result hangs on.
+
+    Raises:
+        UnsupportedError: it is not known before the run.
+    """
+    if part.content is None:
+        raise UnsupportedError(f"`{node.name}` gives a shape that depends on what runs through the graph", hint="measure it with `qlt bench`")
+    return part.content
+
+
+def _sliced(_: ir.Node, x: Any, starts: Any, ends: Any, axes: Any = None) -> Any:
     index = [slice(None)] * x.ndim
     for start, end, axis in zip(starts, ends, range(len(starts)) if axes is None else axes, strict=True):
         index[int(axis)] = slice(int(start), int(end))
@@ -268,9 +278,13 @@ _FOLD: dict[str, Callable[..., Any]] = {
 }
 
 
+def _empty(part: Seen) -> NDArray[np.bool_]:
+    """An array of the same shape that takes no memory."""
+    return np.broadcast_to(np.False_, part.shape)
+
+
 def _reshaped(node: ir.Node, inputs: list[Seen]) -> list[Seen | None]:
-    x, shape = inputs[0], inputs[1].content
-    assert shape is not None, f"{node.name}: a shape that depends on content"
+    x, shape = inputs[0], _known(node, inputs[1])
     sizes = [x.shape[place] if size == 0 else int(size) for place, size in enumerate(shape)]
     if -1 in sizes:
         sizes[sizes.index(-1)] = math.prod(x.shape) // max(1, -math.prod(sizes))
@@ -285,13 +299,8 @@ def _split(node: ir.Node, inputs: list[Seen]) -> list[Seen | None]:
 
 
 def _slice(node: ir.Node, inputs: list[Seen]) -> list[Seen | None]:
-    x, (starts, ends) = inputs[0], (part.content for part in inputs[1:3])
-    axes = inputs[3].content if len(inputs) > 3 else None
-    assert starts is not None and ends is not None
-    sizes = list(x.shape)
-    for start, end, axis in zip(starts, ends, range(len(starts)) if axes is None else axes, strict=True):
-        sizes[int(axis)] = len(range(*slice(int(start), int(end)).indices(sizes[int(axis)])))
-    return [Seen(tuple(sizes), x.itemsize)]
+    sliced = _sliced(node, _empty(inputs[0]), *(_known(node, part) for part in inputs[1:]))
+    return [Seen(sliced.shape, inputs[0].itemsize)]
 
 
 def _concat(node: ir.Node, inputs: list[Seen]) -> list[Seen | None]:
@@ -309,7 +318,7 @@ def _reduced(node: ir.Node, inputs: list[Seen]) -> list[Seen | None]:
 
 
 def _product(rows: Callable[[ir.Node, list[Seen]], int]) -> Callable[[ir.Node, list[Seen]], list[Seen | None]]:
-    """[T, I] times a factor of ``rows`` outputs; integers give fp32."""
+    """[..., I] times a factor of ``rows`` outputs; integers give fp32."""
     return lambda node, inputs: [Seen((*inputs[0].shape[:-1], rows(node, inputs)), max(inputs[0].itemsize, 4 if inputs[0].itemsize == 1 else 0))]
 
 
@@ -338,22 +347,17 @@ def _gathered_blocks(node: ir.Node, inputs: list[Seen]) -> list[Seen | None]:
 
 
 def _ranged(node: ir.Node, inputs: list[Seen]) -> list[Seen | None]:
-    start, stop, step = (0 if part.content is None else int(part.content) for part in inputs)
-    found = np.arange(start, stop, step or 1)
+    found = np.arange(*(int(_known(node, part)) for part in inputs))
     return [Seen(found.shape, inputs[0].itemsize, found)]
 
 
 def _filled(node: ir.Node, inputs: list[Seen]) -> list[Seen | None]:
     value = node.attributes.get_tensor("value", None)
-    shape = inputs[0].content
-    assert shape is not None
-    return [Seen(tuple(map(int, shape)), 4 if value is None else int(value.dtype.itemsize))]
+    return [Seen(tuple(map(int, _known(node, inputs[0]))), 4 if value is None else int(value.dtype.itemsize))]
 
 
 def _widened(node: ir.Node, inputs: list[Seen]) -> list[Seen | None]:
-    axes = inputs[1].content
-    assert axes is not None
-    return [Seen(np.empty(inputs[0].shape, np.bool_).reshape(np.expand_dims(np.empty(inputs[0].shape, np.bool_), tuple(axes)).shape).shape, inputs[0].itemsize)]
+    return [Seen(np.expand_dims(_empty(inputs[0]), tuple(_known(node, inputs[1]))).shape, inputs[0].itemsize)]
 
 
 _RULES: dict[str, Callable[[ir.Node, list[Seen]], list[Seen | None]]] = {

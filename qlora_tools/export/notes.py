@@ -6,12 +6,15 @@ worth a word.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from qlora_tools.engine.plan import Plan
+from qlora_tools.export.calibrated import STATISTICS
 from qlora_tools.export.decoder.layout import Layout
 from qlora_tools.export.decoder.matrices import Matrix, Mixture
 from qlora_tools.export.formats.blocks import Blocks
+from qlora_tools.export.formats.dense import Dense
 from qlora_tools.export.schemes import Scheme
 from qlora_tools.names import shortened
 
@@ -55,6 +58,30 @@ def decoder_notes(layout: Layout, scheme: Scheme) -> list[str]:
         columns = ", ".join(map(str, sorted(slow)))
         notes.append(f"matrices with {columns} inputs miss CUDA's fast kernels, which take whole blocks of {_CUDA_BLOCK}: they are slower than fp16")
     return notes
+
+
+def calibration_notes(layout: Layout, plan: Plan) -> list[str]:
+    """The note of a decoder that was to be calibrated: which of the matrices that are multiplied by were not, as the experts of a mixture never are."""
+    described, tied = calibrated_weights(plan), layout.head is layout.embedding
+    rounded = [matrix for matrix in (layout.head, *(one for layer in layout.layers for one in layer.matrices())) if not isinstance(matrix.format, Dense)]
+    every = [Carried(_kind(matrix, tied=tied), matrix.format.carried, matrix.total_rows * matrix.columns, matrix.name) for matrix in rounded]
+    plain = {matrix.name for matrix in rounded if not all(f"{module}.weight" in described for module in matrix.modules)}
+    return list(left_plain(every, plain))
+
+
+def calibrated_weights(plan: Plan) -> set[str]:
+    """Names of the weights that ``plan`` encodes under statistics of their inputs."""
+    calibrated = [unit.reads for unit in plan.units if any(read.source == STATISTICS for read in unit.reads)]
+    return {read.name for reads in calibrated for read in reads if read.source != STATISTICS}
+
+
+def left_plain(rounded: Sequence[Carried], plain: Collection[str]) -> Iterator[str]:
+    """The note on those of the ``rounded`` weights whose names are in ``plain``, if any is."""
+    found = [weight for weight in rounded if weight.name in plain]
+    if found:
+        share = sum(weight.elements for weight in found) / sum(weight.elements for weight in rounded)
+        names = shortened(sorted({weight.what for weight in found}))
+        yield f"rounded without calibration: {names} ({share:.0%} of the weights that are multiplied by): the statistics hold no inputs of theirs"
 
 
 def _kind(matrix: Matrix, *, tied: bool) -> str:

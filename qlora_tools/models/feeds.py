@@ -42,8 +42,7 @@ class _Draw:
 
     @property
     def text(self) -> Mapping[str, Any]:
-        found = self.config.get("text_config")
-        return found if isinstance(found, Mapping) else self.config
+        return _part(self.config, "text_config")
 
 
 def draw_feed(
@@ -84,8 +83,7 @@ def reads_text(names: Iterable[str]) -> bool:
 
 def positions(config: Mapping[str, Any]) -> int | None:
     """Tokens that a text may have; ``None`` where ``config`` does not say. RoBERTa counts positions from behind its padding."""
-    text = config.get("text_config") if isinstance(config.get("text_config"), Mapping) else config
-    assert isinstance(text, Mapping)
+    text = _part(config, "text_config")
     found = text.get("max_position_embeddings", text.get("n_positions"))
     if not isinstance(found, int) or found < 1 or text.get("relative_attention_num_buckets"):
         return None
@@ -96,12 +94,17 @@ def positions(config: Mapping[str, Any]) -> int | None:
 def image_size(config: Mapping[str, Any], processor: Mapping[str, Any]) -> tuple[int, int]:
     """(height, width) of the images that a model reads: what its processor makes, else what its config says."""
     crop = processor.get("crop_size") if processor.get("do_center_crop") else None
-    vision = config.get("vision_config") if isinstance(config.get("vision_config"), Mapping) else config
-    for found in (crop, processor.get("size"), vision.get("image_size") if isinstance(vision, Mapping) else None):
+    for found in (crop, processor.get("size"), _part(config, "vision_config").get("image_size")):
         pair = _pair(found)
         if pair is not None:
             return pair
     return _SIDE, _SIDE
+
+
+def _part(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The config of one part of a model, where it has one of its own."""
+    found = config.get(name)
+    return found if isinstance(found, Mapping) else config
 
 
 def _pair(found: Any) -> tuple[int, int] | None:
@@ -139,9 +142,7 @@ def _boxes(draw: _Draw) -> NDArray[Any]:
 
 def _images(draw: _Draw) -> NDArray[Any]:
     height, width = image_size(draw.config, draw.processor)
-    vision = draw.config.get("vision_config") if isinstance(draw.config.get("vision_config"), Mapping) else draw.config
-    assert isinstance(vision, Mapping)
-    channels = int(vision.get("num_channels") or _CHANNELS)
+    channels = int(_part(draw.config, "vision_config").get("num_channels") or _CHANNELS)
     coarse = draw.normal(channels, -(-height // _COARSE) + 1, -(-width // _COARSE) + 1)
     down, across = _stretch(height, coarse.shape[2]), _stretch(width, coarse.shape[3])
     return (down @ coarse @ across.T + 0.1 * draw.normal(channels, height, width)).astype(np.float32)
@@ -171,13 +172,15 @@ def _latent(draw: _Draw) -> NDArray[Any]:
     return draw.normal(int(draw.config.get("in_channels") or _LATENT_CHANNELS), height, width)
 
 
-def _condition(draw: _Draw) -> NDArray[Any]:
-    width = draw.config.get("encoder_hid_dim") or draw.config.get("cross_attention_dim") or 1280
-    return draw.normal(_CONDITION_TOKENS, int(width if isinstance(width, int) else width[0]))
+def condition_width(config: Mapping[str, Any]) -> int:
+    """Features of each token of the prompt that a denoiser reads."""
+    width = config.get("encoder_hid_dim") or config.get("cross_attention_dim") or 1280
+    return int(width if isinstance(width, int) else width[0])
 
 
-def _pooled(draw: _Draw) -> NDArray[Any]:
-    return draw.normal(int(draw.config["projection_class_embeddings_input_dim"]) - _TIME_IDS * int(draw.config["addition_time_embed_dim"]))
+def pooled_width(config: Mapping[str, Any]) -> int:
+    """Features of the whole prompt, in denoisers that also read sizes."""
+    return int(config["projection_class_embeddings_input_dim"]) - _TIME_IDS * int(config["addition_time_embed_dim"])
 
 
 def _time_ids(draw: _Draw) -> NDArray[Any]:
@@ -202,8 +205,8 @@ KNOWN: Mapping[str, Callable[[_Draw], NDArray[Any]]] = {
     "decoder_input_ids": _ids,
     "sample": _latent,
     "timestep": lambda draw: np.array(_TIMESTEP, np.float32),
-    "encoder_hidden_states": _condition,
-    "text_embeds": _pooled,
+    "encoder_hidden_states": lambda draw: draw.normal(_CONDITION_TOKENS, condition_width(draw.config)),
+    "text_embeds": lambda draw: draw.normal(pooled_width(draw.config)),
     "time_ids": _time_ids,
     "timestep_cond": lambda draw: draw.normal(int(draw.config["time_cond_proj_dim"])),
     "class_labels": lambda draw: draw.generator.integers(0, int(draw.config["num_class_embeds"]), (draw.batch,)),

@@ -25,15 +25,13 @@ from qlora_tools.quality.outputs import PROBE as OUTPUTS_PROBE
 from qlora_tools.quality.probe import PROBE, probe_options
 from qlora_tools.quality.ranking import comparisons, with_retention
 from qlora_tools.verbs.bench_layers import layers_of, layers_of_models
-from qlora_tools.verbs.bench_names import interrupted_run, journal_of, next_run
+from qlora_tools.verbs.bench_names import RUNS, interrupted_run, journal_of, next_run
 from qlora_tools.verbs.bench_plan import BenchPlan, LineUp, check_room, line_up, sweep
 from qlora_tools.verbs.evaluate import ONNX_FORWARD, TORCH_FORWARD, read_text
 from qlora_tools.verbs.exporting import Given
 from qlora_tools.verbs.report import compared, picked, write_report
 
 __all__ = ["BenchPlan", "BenchResult", "bench", "layers_of", "sweep"]
-
-RUNS = Path("runs")
 
 
 @dataclass(frozen=True)
@@ -90,16 +88,16 @@ def bench(
     128 tokens in and 65 out. ``reference``: the model that KL, agreement and the perplexity ratio refer to; without one it is the fp32 export of the
     first checkpoint, on a GPU that checkpoint itself; for exports alone quality is left out. ``untuned``: one of ``models`` that is the base before
     fine-tuning, with ``adapters`` the base itself; the others then show how much of the gain they keep. ``text``: to judge on; ``labels``: right answers for a
-    classifier. ``limits``: also look for the smallest limit of
-    GPU memory that each runs under. ``layers``: of the report, by default what manifests say. ``compare``: an older run, ``margin`` the share up to which
-    a change is none; ``pick``: wishes (see ``bench/pick.py``). ``resume`` goes on with a benchmark that was interrupted, ``output`` or the last one.
+    classifier. ``limits``: also look for the smallest limit of GPU memory that each runs under. ``layers``: of the report, by default what manifests say.
+    ``compare``: an older run, ``margin`` the share up to which a change is none; ``pick``: wishes (see ``bench/pick.py``). ``resume`` goes on with a benchmark that was interrupted, ``output`` or the last one.
 
     Raises:
         UsageError: no models, unknown settings or wishes, work that is longer than a model's positions. MissingError: a model that is none, or nothing to
         resume. What a child does wrong becomes its row's reason.
     """
     chosen = workload or Workload()
-    parse_wishes(pick) if pick is not None else None
+    if pick is not None:
+        parse_wishes(pick)  # before hours are spent
     before = read_record(Path(compare)) if compare is not None else None
     found = line_up(models, adapters=adapters, settings=settings, reference=reference, untuned=untuned, device=device, judged=quality, progress=progress)
     check_room(found, chosen)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from qlora_tools.bench.record import Layer
-from qlora_tools.errors import QltError
-from qlora_tools.manifest import Manifest, read_manifest
+from qlora_tools.manifest import read_manifest
+from qlora_tools.verbs.opening import readable_manifest
+from qlora_tools.verbs.origins import found_again
 
 
 def layers_of(folder: Path) -> list[Layer]:
@@ -40,21 +41,12 @@ def layers_of_models(folders: Iterable[Path], adapters: Sequence[Path]) -> list[
 
 def _merge_behind(folder: Path) -> Path | None:
     """The merged checkpoint with a report that ``folder`` is, or that its manifest says it was exported from."""
-    manifest = _known(folder)
+    manifest = readable_manifest(folder)  # a folder of another version can be measured all the same
     if manifest is not None and manifest.kind == "export" and "model" in manifest.inputs:
-        from qlora_tools.verbs.origins import found_again
-
         origin = found_again(manifest.inputs["model"], folder)
         folder = Path(origin) if isinstance(origin, Path) else folder
-        manifest = _known(folder)
+        manifest = readable_manifest(folder)
     return folder if manifest is not None and manifest.command.get("verb") == "merge" and manifest.report.get("tensors") else None
-
-
-def _known(folder: Path) -> Manifest | None:
-    try:
-        return read_manifest(folder)
-    except QltError:
-        return None  # a folder of another version can be measured all the same
 
 
 def _extracted(row: Mapping[str, Any]) -> Layer:

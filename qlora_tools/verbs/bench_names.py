@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+#: Where results lie unless another place is named.
+RUNS = Path("runs")
+
 
 def unique_names(folders: Sequence[Path]) -> dict[Path, str]:
     """Each folder's shortest tail that no other folder has: ``int8``, or ``run1/int8`` beside ``run2/int8``."""

@@ -21,7 +21,7 @@ from qlora_tools.verbs.bench_names import short_labels, unique_names
 from qlora_tools.verbs.bench_settings import DEFAULT, Planned, Subject, check_names
 from qlora_tools.verbs.evaluate import ONNX_FORWARD, TORCH_FORWARD, engine_of, positions_of
 from qlora_tools.verbs.exporting import Given
-from qlora_tools.verbs.opening import folder_name, resolve_device
+from qlora_tools.verbs.opening import folder_name, is_export, resolve_device
 from qlora_tools.verbs.origins import found_again
 
 
@@ -124,11 +124,6 @@ def line_up(
     unique = _labelled(_once([*planned, *([before] if before is not None else [])]), alone=len(subjects) == 1 and not as_they_are)
     judge = _judge(reference, unique, subjects, device) if judged else None
     return LineUp(tuple(unique), judge, _untuned(untuned, before, unique), skipped)
-
-
-def is_export(folder: Path) -> bool:
-    """Whether ``folder`` holds a graph."""
-    return any(folder.glob("*.onnx"))
 
 
 def check_room(found: LineUp, workload: Workload) -> None:

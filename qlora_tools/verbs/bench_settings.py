@@ -12,7 +12,7 @@ and the export goes beside it. What cannot be made becomes a setting with the re
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from qlora_tools.bench.rows import weight_file_bytes
 from qlora_tools.checkpoint.reader import read_json
 from qlora_tools.errors import QltError, UsageError
 from qlora_tools.export.schemes import NAMES, target_for
-from qlora_tools.manifest import Manifest, library_versions, read_manifest
+from qlora_tools.manifest import Manifest, library_versions
 from qlora_tools.models.work import FORWARD, work_of
 from qlora_tools.names import nearest, slug
 from qlora_tools.progress import SILENT, Progress
@@ -31,6 +31,7 @@ from qlora_tools.verbs.evaluate import ONNX_ENGINE, ONNX_FORWARD, TORCH_ENGINE, 
 from qlora_tools.verbs.export import export
 from qlora_tools.verbs.exporting import Drawn, Given, open_drawn
 from qlora_tools.verbs.merge import merge
+from qlora_tools.verbs.opening import readable_manifest
 from qlora_tools.verbs.origins import changed
 from qlora_tools.verbs.quantize import base_codec
 
@@ -197,7 +198,8 @@ class Subject:
 
     def _torch(self, name: str) -> Planned:
         dtype, quantize = TORCH[name]
-        folder, action, command = self.checkpoint, "as it is", None
+        folder, command = self.checkpoint, None
+        action: Action = "as it is"
         if self.adapters:
             folder, action = self._place(self._merged / f"{self.name}-merged", self._is_merge)
             command = self._command("merge", "-o", str(folder))
@@ -206,7 +208,7 @@ class Subject:
             options["quantize"] = quantize
         planned = Planned(
             Setting(f"{self.name}-{name}", TORCH_FORWARD if self._looks else TORCH_ENGINE, options, label=name, path=str(folder), export=command),
-            action,  # type: ignore[arg-type]
+            action,
             folder if self.adapters else None,
             self._torch_bytes(quantize, dtype),
             is_merge=bool(self.adapters),
@@ -244,12 +246,12 @@ class Subject:
             words.append(str(self.model))
         return shlex.join([*words, *rest])
 
-    def _place(self, folder: Path, is_like: Any) -> tuple[Path, Literal["found", "make", "replace"]]:
+    def _place(self, folder: Path, is_like: Callable[[Manifest], bool]) -> tuple[Path, Action]:
         """The first of the folders by this name that holds what is wanted, may be replaced by it, or is free."""
         for place in _folders(folder, self.device):
             if not place.exists() or (place.is_dir() and not any(place.iterdir())):
                 return place, "make"
-            manifest = _manifest_of(place)
+            manifest = readable_manifest(place)  # what cannot be read is not ours to replace
             if manifest is not None and is_like(manifest):
                 stale = self._changed(manifest, place)
                 if stale is not None:
@@ -280,13 +282,6 @@ class Subject:
     def _is_merge(self, manifest: Manifest) -> bool:
         wanted = {"verb": "merge", "scheme": None, "target": self.drawn.target, "weights": [weight for _, weight in self.adapters]}
         return manifest.kind == "checkpoint" and all(manifest.command.get(name) == value for name, value in wanted.items())
-
-
-def _manifest_of(folder: Path) -> Manifest | None:
-    try:
-        return read_manifest(folder)
-    except QltError:
-        return None  # not ours to judge, and not ours to replace
 
 
 def _folders(folder: Path, device: str) -> Iterator[Path]:

@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -37,7 +37,7 @@ from qlora_tools.training.lora import choose_modules, rank_of
 from qlora_tools.verbs.fitting import Candidate, Fit, by_use, fit
 from qlora_tools.verbs.graph_memory import Graph, graph_models
 from qlora_tools.verbs.measured_memory import Measured, measured_memory
-from qlora_tools.verbs.opening import folder_name
+from qlora_tools.verbs.opening import folder_name, is_export
 from qlora_tools.verbs.published import Published, published_for
 from qlora_tools.verbs.quantize import base_codec
 from qlora_tools.verbs.training_memory import adapter_of, codec_of
@@ -114,16 +114,15 @@ def estimate(
     if fits is not None and fits < 1:
         raise UsageError(f"{fits} bytes hold nothing")
     with _folder(resolve_config(str(model))) as folder, ExitStack() as open_models, progress.task("estimate", len(FORMATS) + 1, "settings") as task:
-        if (folder / "model.onnx").is_file():
+        if is_export(folder):
             raise UnsupportedError(f"{model} is an export: what it takes can be measured", hint="run `qlt bench` on it, or give the model it was made from")
         checkpoint = outline(folder)
-        bases = []
+        bases, rows = list[Base](), list[InMemory]()
         for setting in FORMATS:
             bases.append(open_models.enter_context(opened(checkpoint, setting, device)))
-            bases[-1].of(chosen)
+            rows.append(bases[-1].of(chosen))
             task.advance(1, setting)
         graphs, reason = graph_models(checkpoint, bases[0].shallow, "cuda" if device.startswith("cuda") else "cpu")
-        rows = tuple(base.of(chosen) for base in bases)
         drawn = tuple(graph.of(chosen.batch, chosen.prompt, chosen.new) for graph in graphs)
         task.advance(1, "graphs")
         found = []
@@ -136,7 +135,9 @@ def estimate(
                     fitting.advance(1, candidate.setting)
         parameters = sum(spec.numel for spec in checkpoint.specs.values())
         others = published_for(checkpoint.config)
-    return EstimateResult(folder_name(Path(model)), parameters, device, chosen, rows, drawn, reason, others, by_use(found), fits, time.perf_counter() - began)
+    return EstimateResult(
+        folder_name(Path(model)), parameters, device, chosen, tuple(rows), drawn, reason, others, by_use(found), fits, time.perf_counter() - began
+    )
 
 
 @contextmanager
@@ -191,6 +192,7 @@ class Base:
     depths: tuple[LogicalCheckpoint, ...]
     rounds: int
     kind: ClassVar[str] = "transformers"
+    _known: dict[object, list[int]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def shallow(self) -> LogicalCheckpoint:
@@ -227,6 +229,7 @@ class Base:
         return weights, max(reading, writing) - weights
 
     def _traced(self, batch: int, prompt: int, new: int) -> list[int]:
+        """Weights, cache, and the highest points of reading the prompt and of writing."""
 
         def trace(model: LogicalCheckpoint) -> Sequence[int]:
             base = empty_base(model, "language", base_codec(self.setting), torch.bfloat16)
@@ -237,11 +240,10 @@ class Base:
 
     def _whole(self, trace: Callable[[LogicalCheckpoint], Sequence[int]], key: tuple[object, ...]) -> list[int]:
         """What ``trace`` gives for the whole model. Each question is traced once."""
-        known: dict[object, list[int]] = self.__dict__.setdefault("_known", {})
-        if key not in known:
+        if key not in self._known:
             start, *more = (list(trace(model)) for model in self.depths)
-            known[key] = [low + (high - low) * self.rounds for low, high in zip(start, more[0], strict=True)] if more else start
-        return known[key]
+            self._known[key] = [low + (high - low) * self.rounds for low, high in zip(start, more[0], strict=True)] if more else start
+        return self._known[key]
 
 
 def _training_bytes(checkpoint: LogicalCheckpoint, setting: str, workload: EstimateConfig, device: str) -> tuple[int, int]:

@@ -26,6 +26,7 @@ from qlora_tools.quality.divergence import divergence
 from qlora_tools.quality.intervals import perplexity_interval
 from qlora_tools.quality.perplexity import perplexity
 from qlora_tools.quality.probe import logits_of, quality_record
+from qlora_tools.verbs.opening import is_export
 
 if TYPE_CHECKING:
     from qlora_tools.verbs.evaluate_outputs import OutputsResult
@@ -163,7 +164,7 @@ def candidates_of(models: Sequence[str | Path], adapters: Sequence[str | Path], 
         raise UsageError("no models to judge")
     candidates = [Candidate(str(model), resolve_model(str(model))) for model in models]
     base = candidates[0]
-    if adapters and list(base.folder.glob("*.onnx")):
+    if adapters and is_export(base.folder):
         return [*candidates, *_kept(base, adapters)]
     for adapter in adapters:
         from qlora_tools.verbs.merging import open_merged
@@ -207,7 +208,7 @@ def engine_of(folder: Path, device: str = "auto") -> tuple[str, dict[str, Any]]:
         MissingError: neither an export nor a checkpoint.
     """
     looks = _work_of(folder) == FORWARD
-    if list(folder.glob("*.onnx")):
+    if is_export(folder):
         manifest = read_manifest(folder)
         made_for = manifest.command.get("device", "cpu") if manifest else "cpu"
         return ONNX_FORWARD if looks else ONNX_ENGINE, {"folder": str(folder), "device": made_for}

@@ -42,7 +42,8 @@ class JudgedOutputs:
 
 @dataclass(frozen=True)
 class OutputsResult:
-    """All models on the same inputs. ``corpus_sha256``: ``None`` where inputs were drawn. ``comparisons``: of each pair of them, better first, by accuracy where answers are known, else by distance."""
+    """All models on the same inputs. ``corpus_sha256``: ``None`` where inputs were drawn. ``comparisons``: of each pair of them, better first, by accuracy where
+    answers are known, else by distance."""
 
     corpus: str
     corpus_sha256: str | None
@@ -95,7 +96,7 @@ def inputs_for(folder: Path, *, text: Path | None = None, labels: Path | None = 
     config, task = read_json(folder / "config.json"), task_of(folder)
     main = _main_input(folder, config, task)
     if labels is not None:
-        return _labelled(folder, config, main, labels, context)
+        return _labelled(folder, config, main, labels)
     if main == "input_ids" and any((folder / name).exists() for name in TOKENIZER_FILES):
         return _windows(folder, config, task, text, tokens, context)
     if text is not None:
@@ -124,7 +125,7 @@ def _main_input(folder: Path, config: Mapping[str, Any], task: str | None) -> st
     return str(class_of(folder, config, task).main_input_name)
 
 
-def _labelled(folder: Path, config: Mapping[str, Any], main: str, labels: Path, context: int) -> dict[str, Any]:
+def _labelled(folder: Path, config: Mapping[str, Any], main: str, labels: Path) -> dict[str, Any]:
     from qlora_tools.training.images import ImageRecords, ImageRows
     from qlora_tools.training.rows import class_numbers
     from qlora_tools.verbs.training_data import open_examples

@@ -15,9 +15,7 @@ import onnx_ir as ir
 
 from qlora_tools.checkpoint.logical import LogicalCheckpoint
 from qlora_tools.errors import UnsupportedError
-from qlora_tools.export.decoder.export import DecoderExport, plan_export
-from qlora_tools.export.decoder.graph import build_graph
-from qlora_tools.export.external import place
+from qlora_tools.export.decoder.export import DecoderExport, drawn_graph, plan_export
 from qlora_tools.export.footprint import Weights, decoder_feeds, planned_bytes, weights_of
 from qlora_tools.export.runtime.cache import SharedCache
 from qlora_tools.export.schemes import target_for
@@ -78,6 +76,7 @@ class GraphModel:
         """
         if self.device == "cpu":
             return self.peak(batch, prompt, new, measured_memory().graph)
+        # an arena keeps what the first run asked for beside the plan that later runs follow, as on the CPU: a guess until a GPU is measured
         return self.file_bytes + self._held(batch, prompt, new) + 2 * self._planned(batch, prompt, new)
 
     def peak(self, batch: int, prompt: int, new: int, known: GraphConstants) -> int:
@@ -127,11 +126,6 @@ def graph_models(checkpoint: LogicalCheckpoint, shallow: LogicalCheckpoint, prov
             few = planned if shallow is checkpoint else plan_export(shallow, shallow.config, scheme, target)
         except UnsupportedError as error:
             return (), str(error)
-        whole = _drawn(planned)
-        found.append(GraphModel(scheme, provider, planned, whole if few is planned else _drawn(few), weights_of(whole), len(whole.graph)))
+        whole = drawn_graph(planned)
+        found.append(GraphModel(scheme, provider, planned, whole if few is planned else drawn_graph(few), weights_of(whole), len(whole.graph)))
     return tuple(found), None
-
-
-def _drawn(planned: DecoderExport) -> ir.Model:
-    specs = {spec.name: spec for spec in planned.plan.outputs}
-    return build_graph(planned.decoder, planned.layout, specs, place(planned.plan.outputs)[0], planned.target, planned.branches.inputs)

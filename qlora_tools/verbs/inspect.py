@@ -17,6 +17,7 @@ from qlora_tools.errors import MissingError, UnsupportedError
 from qlora_tools.manifest import Manifest, read_manifest
 from qlora_tools.names import natural_key, split_tensor
 from qlora_tools.specs import TensorSpec
+from qlora_tools.verbs.opening import is_export
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def inspect(*, path: str | Path) -> Inspection:
     made_by = dict(manifest.command) if manifest else {}
     if (folder / "adapter_config.json").exists():
         return _adapter(folder, manifest, made_by)
-    if list(folder.glob("*.onnx")):
+    if is_export(folder):
         return _export(folder, made_by)
     if (folder / "bench.json").exists():
         content = read_json(folder / "bench.json")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from qlora_tools.adapters.peft_files import task_type_of
+from qlora_tools.adapters.peft_files import WEIGHTS, task_type_of
 from qlora_tools.adapters.portable import CONV, LINEAR, Layer, Portable
 from qlora_tools.checkpoint.folder import replace_file
 from qlora_tools.checkpoint.logical import LogicalCheckpoint, open_checkpoint
@@ -22,7 +22,7 @@ from qlora_tools.manifest import FILE_NAME, read_manifest
 from qlora_tools.names import split_tensor
 from qlora_tools.verbs.adapter_files import save_peft, with_live_names
 from qlora_tools.verbs.merging import Merged
-from qlora_tools.verbs.origins import WEIGHTS, changed, describe_adapter, found_again
+from qlora_tools.verbs.origins import changed, describe_adapter, found_again
 
 SUFFIX = "-branch"
 

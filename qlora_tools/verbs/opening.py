@@ -11,7 +11,8 @@ import torch
 
 from qlora_tools.checkpoint.hub import resolve_model
 from qlora_tools.checkpoint.logical import LogicalCheckpoint, open_checkpoint
-from qlora_tools.errors import UsageError
+from qlora_tools.errors import QltError, UsageError
+from qlora_tools.manifest import Manifest, read_manifest
 from qlora_tools.progress import Progress
 
 #: Beside the weights: tokenizer, processor, chat template and generation settings. Never code, never weights.
@@ -53,6 +54,19 @@ def folder_name(folder: Path) -> str:
     if resolved.parent.name == "snapshots":
         return resolved.parent.parent.name.removeprefix("models--").replace("--", "-")
     return resolved.name
+
+
+def is_export(folder: Path) -> bool:
+    """Whether ``folder`` holds a graph."""
+    return any(folder.glob("*.onnx"))
+
+
+def readable_manifest(folder: Path) -> Manifest | None:
+    """The manifest of ``folder``; ``None`` where there is none, or one that this version does not read."""
+    try:
+        return read_manifest(folder)
+    except QltError:
+        return None
 
 
 def copy_side_files(source: Path, dest: Path) -> None:

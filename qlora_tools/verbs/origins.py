@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora_tools.adapters.peft_config import FILE_NAME as SETTINGS
+from qlora_tools.adapters.peft_files import WEIGHTS
 from qlora_tools.checkpoint.logical import LogicalCheckpoint
 from qlora_tools.checkpoint.statistics import Statistics
 from qlora_tools.engine.plan import Source
@@ -25,7 +27,6 @@ from qlora_tools.verbs.opening import describe_input, folder_name
 
 #: Tensors up to this size are hashed whole; of a larger one, whole rows at three places, of at least so many bytes together.
 _WHOLE_BYTES, _PLACE_BYTES = 4096, 256
-WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 
 
 def content_sha256(stored: Source) -> str:

@@ -1,6 +1,6 @@
 """What others have published about models of known shapes: told beside our own figures, never among them.
 
-The shape of a config is looked up in ``published.json``; every entry names its source and what it was measured on, as far as the source says.
+The shape of a config is looked up in ``published.json``; every entry names its source, and what is known of how it was taken.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attentio
 @dataclass(frozen=True)
 class Published:
     """``about``: what takes ``nbytes``; ``column``: the column of ours that it is nearest to (``weights``, ``running``, ``training``), if any;
-    ``model``: whose figure it is; ``remark``: why ours differs, where that is known."""
+    ``model``: whose figure it is; ``remark``: what to mind where ours stands beside it."""
 
     model: str
     about: str

@@ -24,9 +24,8 @@ from qlora_tools.progress import SILENT, Progress
 from qlora_tools.quality.intervals import compare as compare_quality
 from qlora_tools.quality.outputs import compare_outputs, is_outputs
 from qlora_tools.quality.probe import divergence_of
-from qlora_tools.verbs.bench_names import unique_names
+from qlora_tools.verbs.bench_names import RUNS, unique_names
 
-RUNS = Path("runs")
 PAGE, TABLE, PLOTS = "report.html", "report.md", "plots"
 
 

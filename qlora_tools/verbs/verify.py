@@ -20,7 +20,7 @@ from qlora_tools.engine.run import run
 from qlora_tools.errors import CheckFailed, IncompatibleError, MissingError, UsageError
 from qlora_tools.export.calibrated import STATISTICS
 from qlora_tools.export.comparison import Compared, Decode, comparing
-from qlora_tools.export.decoder.export import DecoderExport
+from qlora_tools.export.decoder.export import MODEL_FILE, DecoderExport, drawn_graph
 from qlora_tools.export.decoder.graph import DATA_FILE
 from qlora_tools.export.decoder.weights import MODEL
 from qlora_tools.export.external import place
@@ -41,14 +41,13 @@ if TYPE_CHECKING:
     from qlora_tools.export.traced.parity import TracedParity
     from qlora_tools.verbs.export_traced import Traced
 
-_GRAPH_FILE = "model.onnx"
 _MAX_WINDOWS = 16
 
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """``against``, ``adapters``: what it was held against, as given or as found. ``weights``: checkpoint tensors compared with the data file; ``differing``: those that are not in it as they should be. ``parity`` is ``None``
-    where nothing could be run, or the graph was too far off; ``checks`` has the words."""
+    """``against``, ``adapters``: what it was held against, as given or as found. ``weights``: checkpoint tensors compared with the data file; ``differing``:
+    those that are not in it as they should be. ``parity`` is ``None`` where nothing could be run, or the graph was too far off; ``checks`` has the words."""
 
     export: Path
     against: str
@@ -254,14 +253,10 @@ def check_graph(planned: DecoderExport | Traced, folder: Path) -> Iterator[Check
         return
     import onnx_ir as ir
 
-    from qlora_tools.export.decoder.graph import build_graph
-
-    specs = {spec.name: spec for spec in planned.plan.outputs}
-    model = build_graph(planned.decoder, planned.layout, specs, place(planned.plan.outputs)[0], planned.target, planned.branches.inputs)
     with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch, _GRAPH_FILE)
-        ir.save(model, path)
-        same = path.read_bytes() == (folder / _GRAPH_FILE).read_bytes()
+        path = Path(scratch, MODEL_FILE)
+        ir.save(drawn_graph(planned), path)
+        same = path.read_bytes() == (folder / MODEL_FILE).read_bytes()
     if same:
         yield Check("graph", "ok", "is the one drawn for this checkpoint, byte for byte")
     else:

@@ -31,12 +31,11 @@ def test_figures_that_contradict_each_other_give_no_negative_part():
     assert [(piece.what, piece.amount_bytes) for piece in pieces] == [("weights", 10), ("rest of the process", 10)]
 
 
-def test_bars_show_one_case():
+def test_bars_show_the_first_case():
     record = make_swept()
-    for case in (CASES[0], CASES[-1]):
-        drawn = timing_chart(record, "decode", "ms", case)
-        assert drawn.count("<rect") == sum(row.status == "ok" for row in record.rows_at(case))
-    assert "ONNX int4: 4.231 ms" in timing_chart(record, "decode", "ms")
+    drawn = timing_chart(record, "decode", "ms")
+    assert drawn.count("<rect") == sum(row.status == "ok" for row in record.rows_at(CASES[0])) < sum(row.status == "ok" for row in record.rows)
+    assert "ONNX int4: 4.231 ms" in drawn
     assert device_chart(make_record()) is None
 
 

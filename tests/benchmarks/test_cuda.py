@@ -115,7 +115,7 @@ def test_every_figure_is_held_against_every_rival_and_losses_stay():
     found = {(item["theirs"], item["figure"]): item for other in (ours, torch_row, builder) for item in cuda.beside(ours, other)}
     assert len(found) == 8
     assert found["torch nf4", "decode"]["times_better"] == 2 and found["torch nf4", "decode"]["ci95"] == [2.0, 2.0]
-    assert {key for key, item in found.items() if not item["held"]} == {
+    assert {key for key, item in found.items() if item["times_better"] < 1} == {
         ("torch nf4", "process_peak"),
         ("torch nf4", "as_deployed_peak"),
         ("builder int4", "prefill"),
@@ -135,6 +135,13 @@ def test_figures_of_two_devices_are_not_mixed(results):
     again = cuda.Results(options)
     again.put("1b 8 bits", {"gpu": {"name": "other"}, "rows": {}})
     assert json.loads((results / "cuda.json").read_text())["parts"].keys() == {"1b 8 bits"}
+
+
+@pytest.mark.parametrize(("value", "ci95", "verdict"), [(2.0, [1.5, 2.5], "held"), (1.1, [0.9, 1.3], "open"), (0.8, None, "missed")])
+def test_a_bar_is_judged_as_the_tables_judge_it(results, value, ci95, verdict):
+    kept = cuda.Results(cuda.parser_of().parse_args(["--device", "cuda"]))
+    kept.put("1b 4 bits", {"ratios": [{"ours": "int4", "theirs": "torch nf4", "figure": "decode", "times_better": value, "ci95": ci95}]})
+    assert [line.rpartition(": ")[2] for line in kept.verdicts()] == [verdict]
 
 
 def test_the_script_does_not_hide_the_bindings_of_its_name(tmp_path):

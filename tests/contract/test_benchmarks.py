@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 README = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
 #: Modules that scripts share, and parts of ``cuda.py``.
-PARTS = {"claims", "cuda_child", "cuda_matrix", "graphs", "measured", "peers", "synthetic", "tables"}
+PARTS = {"claims", "cuda_child", "cuda_matrix", "graphs", "judging", "measured", "peers", "synthetic", "tables"}
 RESULTS = sorted((BENCHMARKS / "results").glob("*.json"))
 
 

@@ -7,6 +7,7 @@ from qlora_tools.export.notes import Carried, carried_otherwise, joined
 from qlora_tools.export.schemes import scheme_of
 from qlora_tools.export.target import Target
 from tests.export.mixtures import mixture
+from tests.export.test_calibrated import statistics_of
 from tests.export.tiny_decoders import build
 
 CUDA = Target("cuda", "F16")
@@ -47,6 +48,14 @@ def test_experts_that_no_node_takes_as_nf4_are_said_to_be_int8():
 def test_experts_one_by_one_are_said_to_be_slower():
     assert "multiplied one by one" in note(mixture("mixtral-odd-sizes"), "int8")
     assert "plain ONNX has no node" in note(mixture("mixtral"), "int8", Target("cpu", "F32", standard=True))
+
+
+@pytest.mark.parametrize("target", [Target(), Target("cpu", "F32", standard=True)])
+def test_experts_that_calibration_leaves_out_are_named(target):
+    for tiny, said in ((build("llama"), False), (mixture("mixtral"), True)):
+        planned = plan_export(tiny.source, tiny.config, "int4", target, statistics=statistics_of(tiny))
+        assert ("rounded without calibration: experts (83% of the weights" in planned.note) == said == ("without calibration" in planned.note)
+    assert "without calibration" not in note(mixture("mixtral"), "int4", target)
 
 
 def test_columns_without_fast_kernels_are_named():

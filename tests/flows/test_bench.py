@@ -70,6 +70,8 @@ def test_one_checkpoint_alone_is_measured_in_the_default_settings(qlt, here, lla
     assert files(here) == set() and not stand_in.calls
     said = qlt("bench", llama, "--device", "cuda", *WORK, "--dry-run")
     assert said.code == 0 and "torch-nf4" in said.out and "qlt export" in said.out and "exports to make" in said.out
+    heads, row = (next(line for line in said.out.splitlines() if word in line) for word in ("Setting", "--fp16"))
+    assert heads.index("Command") < row.index("qlt export") + 1 < heads.index("Size") and row.rstrip().endswith("B")  # a size below its heading
 
 
 def test_lists_of_lengths_and_batches_make_the_cases(qlt, here, llama, tuned, stand_in):

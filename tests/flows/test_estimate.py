@@ -117,6 +117,7 @@ def test_a_known_shape_brings_what_others_published():
     figures = published_for(shape)
     assert {row.model for row in figures} == {"LLaMA 7B"} and all("QLoRA" in row.source for row in figures)
     assert next(row for row in figures if row.column == "weights").nbytes == 5_048_000_000
+    assert all(row.remark for row in figures if row.column)  # what stands beside ours says how far it is alike
     assert published_for({**shape, "hidden_size": 4097}) == published_for({**shape, "model_type": "qwen2"}) == ()
 
 
@@ -134,7 +135,10 @@ def test_the_command_prints_a_row_per_setting(qlt, here, model, found, monkeypat
     assert all(word in done.out for word in ("bf16", "nf4", "int4", "B parameters", "without the context"))
     assert "running within" in done.out and "not measured" in done.out
     assert list(here.iterdir()) == []
-    assert qlt("estimate", model, "--fits", "24").code == 2
+    for word in ("24", "24TT", "0GB-"):
+        refused = qlt("estimate", model, "--fits", word)
+        assert refused.code == 2 and "write 20MB, 1.5GiB" in refused.err
+    assert qlt("estimate", model, "--fits", "1.5 GiB").code == 0
 
 
 def test_refusals(tmp_path):

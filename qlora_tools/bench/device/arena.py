@@ -104,7 +104,7 @@ def record_of(arenas: Iterable[Arena], device: str) -> dict[str, Any]:
 
 
 class ArenaWatch:
-    """Records the runtime's log while the engine is loaded and runs; :meth:`record` afterwards. ``device``: ``cuda``, or ``cpu`` in tests.
+    """Records the runtime's log: ``with ArenaWatch() as watch:`` load and run, then ``watch.record()``. ``device``: ``cuda``, or ``cpu`` in tests.
 
     The engine must be opened with ``memory="lean"``, which switches the log on. Lines that are no information are passed on at the end.
     """
@@ -135,11 +135,6 @@ class ArenaWatch:
     def record(self) -> dict[str, Any]:
         """torch's counters where torch used the device in this process, else what ONNX Runtime logged."""
         return torch_record() or record_of(read_log(self._lines), self._device)
-
-
-def watch_arena(device: str = "cuda") -> ArenaWatch:
-    """``with watch_arena() as watch:`` load and run; then ``watch.record()``."""
-    return ArenaWatch(device)
 
 
 def torch_record(modules: Mapping[str, Any] = sys.modules) -> dict[str, Any] | None:

@@ -18,10 +18,9 @@ Reading = Mapping[str, int | None]
 
 @dataclass(frozen=True)
 class Bracket:
-    """``took_bytes`` from before to during, ``gave_bytes`` back until after, ``residual_bytes`` = took - gave. ``reason``: why the figure does not count."""
+    """``took_bytes`` from before to during; ``residual_bytes`` of it did not come back until after. ``reason``: why the figure does not count."""
 
     took_bytes: int
-    gave_bytes: int
     residual_bytes: int
     reason: str | None = None
 
@@ -46,7 +45,7 @@ def bracket(before: Reading, during: Reading, after: Reading) -> Bracket:
         reason = f"contended: while the process ran, the device's use fell by {-took // _MIB} MiB"
     elif abs(residual) > max(_SHARE * took, _SLACK_BYTES):
         reason = f"contended: {took // _MIB} MiB were taken and {gave // _MIB} MiB came back"
-    return Bracket(took, gave, residual, reason)
+    return Bracket(took, residual, reason)
 
 
 def figure(device: Mapping[str, Reading]) -> Figure:

@@ -44,9 +44,8 @@ def choose(device: str, cards: Sequence[Card], visible: str | None) -> str:
         return _by_uuid(device, cards)
     seen, number = shown(cards, visible), int(numbered.group(1) or 0)
     if number >= len(seen):
-        hint = f"usable here: {_listed(cards)}" if cards else "run `nvidia-smi -L` to see what the driver has"
         because = "" if visible is None else f" with CUDA_VISIBLE_DEVICES={visible!r}"
-        raise MissingError(f"device `{device}`: {len(seen)} GPUs are visible{because}", hint=hint)
+        raise MissingError(f"device `{device}`: {len(seen)} GPUs are visible{because}", hint=_what_there_is(cards))
     return seen[number]
 
 
@@ -76,12 +75,13 @@ def _by_uuid(device: str, cards: Sequence[Card]) -> str:
         raise MissingError(f"device `{device}` is divided (MIG), and CUDA does not run on the whole", hint=hint)
     if matches:
         raise UsageError(f"device `{device}` is the beginning of {len(matches)} GPUs", hint="write the whole UUID")
-    raise MissingError(f"there is no GPU `{device}`", hint=f"usable here: {_listed(cards)}" if cards else "run `nvidia-smi -L` to see what the driver has")
+    raise MissingError(f"there is no GPU `{device}`", hint=_what_there_is(cards))
 
 
 def _beginning(text: str, cards: Sequence[Card]) -> list[str]:
     return [uuid for card in cards for uuid in card.usable if uuid.startswith(text)]
 
 
-def _listed(cards: Sequence[Card]) -> str:
-    return ", ".join(f"{card.name} {uuid}" for card in cards for uuid in card.usable) or "none"
+def _what_there_is(cards: Sequence[Card]) -> str:
+    usable = ", ".join(f"{card.name} {uuid}" for card in cards for uuid in card.usable) or "none"
+    return f"usable here: {usable}" if cards else "run `nvidia-smi -L` to see what the driver has"

@@ -43,8 +43,8 @@ def summarise_device(
         weights_bytes=known("weights_bytes", weights_bytes, "the engine does not tell"),
         arena_peak_bytes=known("arena_peak_bytes", *_arena(lean)),
         context_bytes=known("context_bytes", *_middle(context_figures)),
-        process_peak_bytes=known("process_peak_bytes", *_largest(lean_figures, lean)),
-        as_deployed_peak_bytes=known("as_deployed_peak_bytes", *_largest(deployed_figures, deployed)),
+        process_peak_bytes=known("process_peak_bytes", *_largest(lean_figures)),
+        as_deployed_peak_bytes=known("as_deployed_peak_bytes", *_largest(deployed_figures)),
         smallest_limit_bytes=known("smallest_limit_bytes", *((None, "it was not asked for") if limit is None else (limit.bytes, limit.reason))),
         method=_method([*deployed_figures, *lean_figures, *context_figures]),
         residual_bytes=_residual([*deployed_figures, *lean_figures, *context_figures]),
@@ -66,9 +66,9 @@ def _of_attempts(attempts: Sequence[Attempt]) -> list[Figure]:
     return [figure(attempt.device) if attempt.status == "ok" else Figure(None, reason=attempt.reason) for attempt in attempts]
 
 
-def _largest(figures: Sequence[Figure], attempts: Sequence[Attempt]) -> tuple[int | None, str | None]:
+def _largest(figures: Sequence[Figure]) -> tuple[int | None, str | None]:
     found = [one.bytes for one in figures if one.bytes is not None]
-    return (max(found), None) if found else (None, _first_reason(figures) if attempts else None)
+    return (max(found), None) if found else (None, _first_reason(figures))
 
 
 def _middle(figures: Sequence[Figure]) -> tuple[int | None, str | None]:

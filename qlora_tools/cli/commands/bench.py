@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,11 @@ COUNTS = _Counts()
     help="Measure a checkpoint so: fp32 fp16 bf16 int8 w8a8 int4 nf4 are exports, made where they are missing; torch-fp32 torch-bf16 torch-fp16 torch-nf4 "
     "torch-int8 are transformers. Default for one checkpoint: fp32,int8,int4, on CUDA fp16,int8,int4,nf4,torch-bf16,torch-nf4.",
 )
-@click.option("--reference", metavar="DIR", help="What quality is judged against. Default: the fp32 export of the same model, made if it is missing.")
+@click.option(
+    "--reference",
+    metavar="DIR",
+    help="What quality is judged against. Default: the fp32 export of the same model, made if it is missing; on CUDA the checkpoint itself.",
+)
 @click.option(
     "--untuned", metavar="DIR", help="The one of MODELS that was not fine-tuned: the share of the gain that others keep is shown. With --adapter: the base."
 )
@@ -137,8 +142,8 @@ def _show_plan(common: Shared, result: BenchResult) -> None:
         [
             step.name,
             step.action + ("" if step.measured else ", judges only"),
-            megabytes(step.bytes) if step.bytes is not None else "n/a",
             step.reason or step.export or "",
+            megabytes(step.bytes) if step.bytes is not None else "n/a",
         ]
         for step in plan.steps
     ]
@@ -151,11 +156,13 @@ def _line_up(
     common: Shared, models: list[str], adapters: list[tuple[str, float]], settings: str | None, reference: str | None, *, judged: bool
 ) -> tuple[list[str] | None, list[str], str | None]:
     """Settings, models and reference: as typed, or what the session remembers, or what one checkpoint alone asks for."""
+    from qlora_tools.verbs.opening import is_export
+
     named = [word.strip() for word in settings.split(",") if word.strip()] if settings is not None else None
     if not models and (adapters or named):
         models = [str(common.session.pick("base" if adapters else "model", "MODEL"))]
         common.screen.remark(f"using {'base' if adapters else 'model'} {models[0]}")
-    if named is None and len(models) == 1 and not _is_export(models[0]):
+    if named is None and len(models) == 1 and not is_export(Path(models[0])):
         named = ["default"]
     if named is not None or adapters or (models and not judged):
         return named, models, reference
@@ -171,20 +178,12 @@ def _writes(model: str) -> bool:
     return not path.is_file() or work_of(json.loads(path.read_text(encoding="utf-8"))) == DECODER
 
 
-def _is_export(model: str) -> bool:
-    return any(Path(model).glob("*.onnx"))
-
-
 def _with_reference(common: Shared, models: list[str], reference: str | None, *, judged: bool = True) -> tuple[list[str], str | None]:
     """What to measure, the reference first. Without words: the exports of the last model; its fp32 export is made where it is missing."""
     exports = common.session.recall().get("exports") or []
     if not models:
         last = common.session.pick("exports", "MODELS")[-1]
-        same = [
-            item
-            for item in exports
-            if all(item.get(field) == last.get(field) for field in ("model", "base", "adapters", "target")) and Path(item["path"]).is_dir()
-        ]
+        same = [item for item in exports if _same_model(item, last)]
         models = [item["path"] for item in same]
         common.screen.remark(f"using {', '.join(models)}")
     if not judged:
@@ -195,6 +194,11 @@ def _with_reference(common: Shared, models: list[str], reference: str | None, *,
         common.screen.remark("note: no fp32 reference among these, quality is not judged; name one with --reference")
         return models, None
     return [reference, *(model for model in models if Path(model) != Path(reference))], reference
+
+
+def _same_model(export: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether a remembered export is still there, and of what the other was made of."""
+    return all(export.get(field) == other.get(field) for field in ("model", "base", "adapters", "target")) and Path(export["path"]).is_dir()
 
 
 def _of_scheme(common: Shared, models: list[str], *schemes: str) -> str | None:
@@ -209,11 +213,7 @@ def _fp32_beside(common: Shared, model: str, exports: list[dict[str, Any]]) -> s
     if own is None:
         return None
     for item in exports:
-        if (
-            item["scheme"] == "fp32"
-            and all(item.get(field) == own.get(field) for field in ("model", "base", "adapters", "target"))
-            and Path(item["path"]).is_dir()
-        ):
+        if item["scheme"] == "fp32" and _same_model(item, own):
             return str(item["path"])
     common.screen.remark("making the fp32 export of the same model, as the reference")
     dest = Path(model).parent / f"{Path(model).name.removesuffix('-' + own['scheme'])}-fp32"

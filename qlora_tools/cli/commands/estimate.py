@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from qlora_tools.cli.options import Shared, examples, shared
+from qlora_tools.cli.options import Shared, Size, examples, shared
 from qlora_tools.cli.words import megabytes
 
 if TYPE_CHECKING:
+    from qlora_tools.cli.screen import Screen
     from qlora_tools.verbs.estimate import EstimateResult
 
 EPILOG = examples(
@@ -21,21 +21,6 @@ EPILOG = examples(
     "qlt estimate base/ --device cpu",
 )
 _COUNT = click.IntRange(min=1)
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
-
-
-class Size(click.ParamType[int]):
-    """``24GB``, ``22.5 GiB``, ``8000MB``: bytes. A number without a unit is refused, since half of its readers would mean another one."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?I?B)\s*", str(value).upper())
-        if found is None or not float(found[1]):
-            self.fail(f"{value!r} is no size; write it like 24GB or 22.5GiB", param, ctx)
-        return int(float(found[1]) * _UNITS[found[2]])
 
 
 @click.command("estimate", epilog=EPILOG)
@@ -47,11 +32,17 @@ class Size(click.ParamType[int]):
 @click.option("--train-batch", type=_COUNT, default=1, show_default=True, help="Rows of a training step.")
 @click.option("--length", type=_COUNT, default=512, show_default=True, help="Tokens of each row.")
 @click.option(
-    "--fits", type=Size(), metavar="SIZE", help="Memory to fill, like 24GB: says which settings run in it, with the largest batch and context of each."
+    "--fits",
+    type=Size(needs_unit=True),
+    metavar="SIZE",
+    help="Memory to fill, like 24GB: says which settings run in it, with the largest batch and context of each.",
 )
 @shared
 def command(common: Shared, model: str, fits: int | None, **choices: int) -> None:
-    """Say what MODEL would take in every setting: files, memory to run and to train. MODEL is a config.json, a folder or a hub id; no weight is read."""
+    """Say what MODEL would take in every setting: files, memory to run and to train. MODEL is a config.json, a folder or a hub id; no weight is read.
+
+    On CUDA, whatever is here, unless --device cpu is given.
+    """
     from qlora_tools import api
 
     device = "cuda" if common.device == "auto" else common.device
@@ -106,7 +97,7 @@ def _ours(found: EstimateResult, setting: str | None, column: str | None) -> str
     )
 
 
-def _say_fits(screen: Any, found: EstimateResult) -> None:
+def _say_fits(screen: Screen, found: EstimateResult) -> None:
     if found.limit_bytes is None:
         return
     rows = [
@@ -114,7 +105,7 @@ def _say_fits(screen: Any, found: EstimateResult) -> None:
             row.setting,
             row.kind,
             megabytes(row.file_bytes),
-            "n/a" if row.peak_bytes is None else megabytes(row.peak_bytes),
+            megabytes(row.peak_bytes),
             str(row.batch or "none"),
             str(row.context or "none"),
         )

@@ -52,7 +52,7 @@ EPILOG = examples(
     metavar="TEXT|STATS|self|builtin",
     help="Round weights for what the layers read: a text, a file of `qlt calibrate`, the model's own text, or the built-in one. With adapters: the base's.",
 )
-@click.option("--head-bits", type=click.IntRange(4, 8), metavar="4|8", help="Bits of an int4 head, and of an embedding tied to it. [4]")
+@click.option("--head-bits", type=click.Choice([4, 8]), metavar="4|8", help="Bits of an int4 head, and of an embedding tied to it. [4]")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Compare prefill and decode with the checkpoint in ONNX Runtime.")
 @shared
 def command(

@@ -8,7 +8,7 @@ A branch is *kept*: its factors are graph inputs of any rank that default to ran
 the external file. A matrix may have both. What is no low-rank change of a matrix that the graph multiplies by is refused by name.
 Left out: the file of a kept adapter (``export/onnx_adapter.py``).
 
-Axes: I inputs, O outputs of the matrix, R rank, T tokens.
+Axes: I inputs, O outputs of the matrix, R rank, T tokens (on one axis or on two).
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from qlora_tools.export.decoder.layout import Layout, layout_of
 from qlora_tools.export.decoder.stacked import separate_experts
 from qlora_tools.export.decoder.weights import MODEL, STORED, check_tensors, plan_weights
 from qlora_tools.export.external import ExternalWriter, place
-from qlora_tools.export.notes import decoder_notes, joined
+from qlora_tools.export.notes import calibration_notes, decoder_notes, joined
 from qlora_tools.export.onnx_adapter import file_of, write_adapter_file
 from qlora_tools.export.schemes import Scheme, scheme_of
 from qlora_tools.export.target import CPU, Target
@@ -56,7 +56,8 @@ class DecoderExport:
     @property
     def note(self) -> str | None:
         """What is worth knowing about the scheme and about what it became."""
-        return joined(self.scheme.note, *decoder_notes(self.layout, self.scheme))
+        calibration = [] if self.statistics is None else calibration_notes(self.layout, self.plan)
+        return joined(self.scheme.note, *decoder_notes(self.layout, self.scheme), *calibration)
 
 
 def plan_export(
@@ -106,14 +107,19 @@ def _check_head_sizes(decoder: Decoder) -> None:
         )
 
 
+def drawn_graph(export: DecoderExport) -> ir.Model:
+    """The graph, whose weights lie in a data file that need not be there."""
+    specs = {spec.name: spec for spec in export.plan.outputs}
+    return build_graph(export.decoder, export.layout, specs, place(export.plan.outputs)[0], export.target, export.branches.inputs)
+
+
 def write_graph(export: DecoderExport, source: Source, folder: Path, progress: Progress = SILENT) -> Gain | None:
     """``model.onnx``, ``model.onnx.data`` and the files of kept adapters in ``folder``; returns what calibration gained, if there was any.
 
     Raises:
         NonFiniteError: a weight holds NaN or infinity. StorageError: no room.
     """
-    specs = {spec.name: spec for spec in export.plan.outputs}
-    model = build_graph(export.decoder, export.layout, specs, place(export.plan.outputs)[0], export.target, export.branches.inputs)
+    model = drawn_graph(export)
     sources: dict[str, Source] = {MODEL: separate_experts(source, export.decoder)}
     if export.statistics is not None:
         sources[STATISTICS] = export.statistics

@@ -1,12 +1,12 @@
 """The decoder's graph, node by node.
 
 Between embedding and logits everything is [B, S, features], as attention wants it, unless an operator on the way takes
-tokens in one row only: then it is [T, features] with T = batch * sequence, and attention's inputs and output are reshaped. Inputs and outputs carry the names that onnxruntime-genai and
-Optimum look for. ``num_logits_to_keep`` is an input that most callers never see: it has a default (0: all
+tokens in one row only (``Layout.flat``): then it is [T, features] with T = batch * sequence, and attention's inputs and
+output are reshaped. Inputs and outputs carry the names that onnxruntime-genai and Optimum look for. ``num_logits_to_keep`` is an input that most callers never see: it has a default (0: all
 positions), and a runtime that sets it to 1 gets the logits of the last position only. How norms, activations
 and attention are spelt is the dialect's business.
 
-Legend: B batch, S new positions, P past positions, T = B * S.
+Legend: B batch, S new positions, T = B * S.
 """
 
 from __future__ import annotations
@@ -239,7 +239,6 @@ def _queries(drawing: _Drawing, index: int, packed: ir.Value) -> tuple[ir.Value,
     if not decoder.head_norms:
         return drawing.spread(packed, sum(sizes)) if drawing.flat else packed, None, None
     query, key, value = nodes.op("Split", packed, nodes.constant(sizes), axis=-1, outputs=3)
-
     by_head = decoder.head_norms == "head"
 
     def normalise(x: ir.Value, role: str, features: int) -> ir.Value:
@@ -281,9 +280,9 @@ def _head(drawing: _Drawing, head: Matrix, normed: ir.Value, keep: ir.Value) -> 
 
 
 def _first_kept(drawing: _Drawing, keep: ir.Value) -> ir.Value:
-    """int64 [1]: the first position whose logits are wanted, counted from the end; 0, the very first, where ``keep`` is 0.
+    """int64 [1]: the first position whose logits are wanted; 0 where ``keep`` is 0.
 
-    On CUDA it is reckoned from a shape, so that it stays on the host, where ``Slice`` wants it.
+    On the CPU it is counted from the end. On CUDA it is reckoned from a shape, so that it stays on the host, where ``Slice`` wants it.
     """
     nodes = drawing.nodes
     if nodes.target.provider == "cpu":

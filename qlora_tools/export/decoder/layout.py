@@ -51,7 +51,7 @@ class Layout:
 
     @property
     def flat(self) -> bool:
-        """Whether some product takes tokens in one row only: ``QGemm``, ``Gemm``, or a mixture's."""
+        """Whether some product takes tokens in one row only: ``QGemm``, ``Gemm`` (the router of every mixture is one), or a ``MatMul`` that pads its inputs."""
         multiplied = [self.head, *(matrix for layer in self.layers for matrix in layer.matrices())]
         return not all(isinstance(matrix.format, Blocks | NormalFloats) for matrix in multiplied)
 

@@ -18,8 +18,7 @@ class _Lengths:
     """int32: last valid position."""
     total: ir.Value
     """int32 scalar: past and new positions."""
-    shape: ir.Value
-    """int64 [2]: (B, S)."""
+    ids_BS: ir.Value
 
 
 class Contrib:
@@ -37,27 +36,27 @@ class Contrib:
             last = nodes.op("Sub", nodes.op("ReduceSum", mask_BT, nodes.constant([1]), keepdims=0), nodes.constant([1]))
             total = nodes.op("Gather", nodes.op("Shape", mask_BT), nodes.constant(1), axis=0)
             narrow = ir.DataType.INT32
-            return _Lengths(nodes.op("Cast", last, to=narrow), nodes.op("Cast", total, to=narrow), nodes.op("Shape", ids_BS))
+            return _Lengths(nodes.op("Cast", last, to=narrow), nodes.op("Cast", total, to=narrow), ids_BS)
 
     def positions(self, nodes: Nodes, shared: _Lengths) -> ir.Value:
         """As the attention operator counts: a mask that is shorter than the prompt is padding on its right."""
         zero, one = nodes.constant(0), nodes.constant(1)
-        new = nodes.op("Gather", shared.shape, one, axis=0)
+        new = nodes.op("Gather", nodes.op("Shape", shared.ids_BS), one, axis=0)
         length = nodes.op("Add", nodes.op("Cast", shared.last_B, to=ir.DataType.INT64), one)
         past = nodes.op("Max", nodes.op("Sub", length, lifted(nodes, new)), zero)
         return nodes.op("Add", nodes.op("Unsqueeze", past, nodes.constant([1])), nodes.op("Range", zero, new, one))
 
-    def norm(self, nodes: Nodes, x_TH: ir.Value, call: NormCall) -> ir.Value:
+    def norm(self, nodes: Nodes, x: ir.Value, call: NormCall) -> ir.Value:
         if call.kind == "layer":
-            return layer_norm(nodes, x_TH, call)
-        return nodes.op("SimplifiedLayerNormalization", x_TH, nodes.stored(call.weight), epsilon=call.epsilon, axis=-1, stash_type=1)
+            return layer_norm(nodes, x, call)
+        return nodes.op("SimplifiedLayerNormalization", x, nodes.stored(call.weight), epsilon=call.epsilon, axis=-1, stash_type=1)
 
-    def skip_norm(self, nodes: Nodes, residual_TH: ir.Value, added_TH: ir.Value, call: NormCall, *, last: bool) -> tuple[ir.Value, ir.Value]:
+    def skip_norm(self, nodes: Nodes, residual: ir.Value, added: ir.Value, call: NormCall, *, last: bool) -> tuple[ir.Value, ir.Value]:
         base = f"{call.weight.removesuffix('.weight')}:"
         outputs = [f"{base}normed"] if last else [f"{base}normed", "", "", f"{base}residual"]
         kind = "SkipLayerNormalization" if call.kind == "layer" else "SkipSimplifiedLayerNormalization"
         bias = [nodes.stored(call.bias)] if call.bias is not None else []
-        found = nodes.contrib(kind, residual_TH, added_TH, nodes.stored(call.weight), *bias, outputs=outputs, epsilon=call.epsilon)
+        found = nodes.contrib(kind, residual, added, nodes.stored(call.weight), *bias, outputs=outputs, epsilon=call.epsilon)
         return (found, found) if last else (found[0], found[3])
 
     def activate(self, nodes: Nodes, x: ir.Value, kind: str) -> ir.Value:

@@ -1,6 +1,6 @@
 """The protocol of a dialect: the few things a decoder does that are not a product with a weight.
 
-Legend: B batch, S new positions, P past positions, T = B * S tokens, H features.
+Legend: B batch, S new positions, T past and new positions.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ class AttentionCall:
     rotary: Rotary | None
 
 
-def layer_norm(nodes: Nodes, x_TH: ir.Value, call: NormCall) -> ir.Value:
+def layer_norm(nodes: Nodes, x: ir.Value, call: NormCall) -> ir.Value:
     """LayerNorm, which every dialect spells alike."""
     bias = None if call.bias is None else nodes.stored(call.bias)
-    found: ir.Value = nodes.op("LayerNormalization", x_TH, nodes.stored(call.weight), bias, epsilon=call.epsilon, axis=-1, stash_type=1)
+    found: ir.Value = nodes.op("LayerNormalization", x, nodes.stored(call.weight), bias, epsilon=call.epsilon, axis=-1, stash_type=1)
     return found
 
 
@@ -76,10 +76,10 @@ class Dialect(Protocol):
     def positions(self, nodes: Nodes, shared: Any) -> ir.Value:
         """int64 [B, S]: the number of each new token in its sequence, as :meth:`attention` rotates it."""
 
-    def norm(self, nodes: Nodes, x_TH: ir.Value, call: NormCall) -> ir.Value:
-        """The norm over the last axis, whatever the rank of ``x_TH``."""
+    def norm(self, nodes: Nodes, x: ir.Value, call: NormCall) -> ir.Value:
+        """The norm over the last axis, whatever the rank of ``x``."""
 
-    def skip_norm(self, nodes: Nodes, residual_TH: ir.Value, added_TH: ir.Value, call: NormCall, *, last: bool) -> tuple[ir.Value, ir.Value]:
+    def skip_norm(self, nodes: Nodes, residual: ir.Value, added: ir.Value, call: NormCall, *, last: bool) -> tuple[ir.Value, ir.Value]:
         """(norm(residual + added), residual + added); ``last``: nobody needs the second."""
 
     def activate(self, nodes: Nodes, x: ir.Value, kind: str) -> ir.Value:

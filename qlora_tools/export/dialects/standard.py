@@ -60,14 +60,14 @@ class Standard:
     def positions(self, nodes: Nodes, shared: _Sight) -> ir.Value:
         return shared.positions_BS
 
-    def norm(self, nodes: Nodes, x_TH: ir.Value, call: NormCall) -> ir.Value:
+    def norm(self, nodes: Nodes, x: ir.Value, call: NormCall) -> ir.Value:
         if call.kind == "layer":
-            return layer_norm(nodes, x_TH, call)
-        return nodes.op("RMSNormalization", x_TH, nodes.stored(call.weight), epsilon=call.epsilon, axis=-1, stash_type=1)
+            return layer_norm(nodes, x, call)
+        return nodes.op("RMSNormalization", x, nodes.stored(call.weight), epsilon=call.epsilon, axis=-1, stash_type=1)
 
-    def skip_norm(self, nodes: Nodes, residual_TH: ir.Value, added_TH: ir.Value, call: NormCall, *, last: bool) -> tuple[ir.Value, ir.Value]:
-        residual = nodes.op("Add", residual_TH, added_TH)
-        return self.norm(nodes, residual, call), residual
+    def skip_norm(self, nodes: Nodes, residual: ir.Value, added: ir.Value, call: NormCall, *, last: bool) -> tuple[ir.Value, ir.Value]:
+        total = nodes.op("Add", residual, added)
+        return self.norm(nodes, total, call), total
 
     def activate(self, nodes: Nodes, x: ir.Value, kind: str) -> ir.Value:
         if kind == "silu":

@@ -51,7 +51,7 @@ class WeightFormat(Protocol):
         """What the graph multiplies with, or what it looks up, fp32 [rows, columns]."""
 
     def multiply(self, nodes: Nodes, x_TI: ir.Value, name: str, rows: int, columns: int, bias: ir.Value | None = None) -> ir.Value:
-        """Nodes for ``x @ w.T + bias``: [T, I] -> [T, O]."""
+        """Nodes for ``x @ w.T + bias``: [T, I] -> [T, O]; those that ``Layout.flat`` counts free also take [B, S, I]."""
 
     def gather(self, nodes: Nodes, ids_T: ir.Value, name: str, columns: int) -> ir.Value:
         """Nodes that look rows up: int64 [T] -> [T, I]."""

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from qlora_tools.errors import UnsupportedError, UsageError
+from qlora_tools.errors import UsageError
+from qlora_tools.export.traced.from_diffusers import build_as, class_of
 from qlora_tools.export.traced.inputs import Subject
 
 CLASS = "AutoencoderKL"
@@ -48,12 +49,9 @@ def autoencoder_subject(config: Mapping[str, Any], task: str | None) -> Subject:
 
 
 def _build(config: Mapping[str, Any], task: str, dtype: torch.dtype) -> Any:
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError as error:
-        raise UnsupportedError("a model of diffusers needs the package diffusers", hint="pip install diffusers") from error
+    owner = class_of(CLASS)
 
-    class Half(AutoencoderKL):  # type: ignore[misc]
+    class Half(owner):  # type: ignore[misc, valid-type]
         """The whole autoencoder with one half's call."""
 
         def forward(self, **given: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -61,11 +59,7 @@ def _build(config: Mapping[str, Any], task: str, dtype: torch.dtype) -> Any:
                 return {"latent_parameters": self.encode(given["sample"], return_dict=False)[0].parameters}
             return {"sample": self.decode(given["latent_sample"], return_dict=False)[0]}
 
-    Half.__name__ = AutoencoderKL.__name__
-    model = Half.from_config(dict(config))
-    if model is None:
-        raise UnsupportedError(f"diffusers builds no {CLASS} from this config.json", hint="check it against the model it came from")
-    return torch.nn.Module.to(model, dtype)
+    return build_as(Half, config, dtype)
 
 
 def _inputs(config: Mapping[str, Any], task: str, name: str, size: int) -> dict[str, torch.Tensor]:

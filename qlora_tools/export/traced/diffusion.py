@@ -7,14 +7,17 @@ to them, to ``out_sample``. The text encoders of a pipeline are ordinary models 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from qlora_tools.errors import UnsupportedError, UsageError
 from qlora_tools.export.traced.autoencoder import CLASS, autoencoder_subject
+from qlora_tools.export.traced.from_diffusers import build_as, class_of
 from qlora_tools.export.traced.inputs import Subject
+from qlora_tools.models.feeds import condition_width, pooled_width
+from qlora_tools.models.work import inputs_of_denoiser
 
 TASK = "denoising"
 CLASSES = ("UNet2DConditionModel", "UNet2DModel")
@@ -30,7 +33,6 @@ AXES: Mapping[str, Mapping[int, str]] = {
 }
 #: (images, height and width in the coarsest level's pixels, tokens): traced at the first, checked at both.
 SIZES = ((2, 2, 2, 16), (1, 3, 2, 11))
-_TIME_IDS = 6
 #: Config fields that ask for inputs nobody feeds here.
 _FOREIGN = {"addition_embed_type": (None, "text_time"), "class_embed_type": (None,), "encoder_hid_dim_type": (None, "text_proj")}
 
@@ -57,11 +59,7 @@ def diffusion_subject(config: Mapping[str, Any], task: str | None = None) -> Sub
 
 
 def _build(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    try:
-        import diffusers
-    except ImportError as error:
-        raise UnsupportedError("a model of diffusers needs the package diffusers", hint="pip install diffusers") from error
-    owner = getattr(diffusers, str(config["_class_name"]))
+    owner = class_of(str(config["_class_name"]))
 
     class Denoiser(owner):  # type: ignore[misc, valid-type]
         """Its tensors by Optimum's names, one by one."""
@@ -70,11 +68,7 @@ def _build(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
             added = {} if text_embeds is None else {"added_cond_kwargs": {"text_embeds": text_embeds, "time_ids": time_ids}}
             return {"out_sample": super().forward(**given, **added, return_dict=False)[0]}
 
-    Denoiser.__name__ = owner.__name__
-    model = Denoiser.from_config(dict(config))
-    if model is None:
-        raise UnsupportedError(f"diffusers builds no {owner.__name__} from this config.json", hint="check it against the model it came from")
-    return torch.nn.Module.to(model, dtype)  # diffusers' own warns of layers it keeps in fp32, and has none here
+    return build_as(Denoiser, config, dtype)
 
 
 def _inputs(config: Mapping[str, Any], size: int) -> dict[str, torch.Tensor]:
@@ -86,19 +80,13 @@ def _inputs(config: Mapping[str, Any], size: int) -> dict[str, torch.Tensor]:
         return torch.randn(*shape, generator=generator)
 
     step = 2 ** (len(config.get("block_out_channels") or (1,)) - 1)
-    drawn = {"sample": normal(count, int(config.get("in_channels") or 4), step * high, step * wide), "timestep": torch.tensor(731.0 - 400 * size)}
-    if config["_class_name"] == "UNet2DConditionModel":
-        drawn["encoder_hidden_states"] = normal(count, length, _width_of_text(config))
-    if config.get("addition_embed_type") == "text_time":
-        width = int(config["projection_class_embeddings_input_dim"]) - _TIME_IDS * int(config["addition_time_embed_dim"])
-        drawn |= {"text_embeds": normal(count, width), "time_ids": torch.tensor([[512.0, 512, 0, 0, 512, 512]]).repeat(count, 1)}
-    if config.get("time_cond_proj_dim"):
-        drawn["timestep_cond"] = normal(count, int(config["time_cond_proj_dim"]))
-    if config.get("num_class_embeds"):
-        drawn["class_labels"] = torch.arange(count)
-    return drawn
-
-
-def _width_of_text(config: Mapping[str, Any]) -> int:
-    width = config.get("encoder_hid_dim") or config.get("cross_attention_dim") or 1280
-    return int(width if isinstance(width, int) else width[0])
+    draws: dict[str, Callable[[], torch.Tensor]] = {
+        "sample": lambda: normal(count, int(config.get("in_channels") or 4), step * high, step * wide),
+        "timestep": lambda: torch.tensor(731.0 - 400 * size),
+        "encoder_hidden_states": lambda: normal(count, length, condition_width(config)),
+        "text_embeds": lambda: normal(count, pooled_width(config)),
+        "time_ids": lambda: torch.tensor([[512.0, 512, 0, 0, 512, 512]]).repeat(count, 1),
+        "timestep_cond": lambda: normal(count, int(config["time_cond_proj_dim"])),
+        "class_labels": lambda: torch.arange(count),
+    }
+    return {name: draws[name]() for name in inputs_of_denoiser(config)}

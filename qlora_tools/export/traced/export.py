@@ -23,9 +23,9 @@ from qlora_tools.export.decoder.branches import Beside, Branches, Place, bind_at
 from qlora_tools.export.encoding import constant_unit, encode_units, float_units
 from qlora_tools.export.external import ExternalWriter, place
 from qlora_tools.export.nodes import Nodes
-from qlora_tools.export.notes import Carried, carried_otherwise, joined
+from qlora_tools.export.notes import Carried, calibrated_weights, carried_otherwise, joined, left_plain
 from qlora_tools.export.onnx_adapter import file_of, write_adapter_file
-from qlora_tools.export.schemes import Scheme, scheme_of
+from qlora_tools.export.schemes import FLOATS, Scheme, scheme_of
 from qlora_tools.export.target import CPU, Target
 from qlora_tools.export.traced.branches import live_places, matrices_at, put_branches, traced_places
 from qlora_tools.export.traced.convolutions import Convolution, convolutions_of, put_convolutions
@@ -74,7 +74,14 @@ class TracedExport:
     @property
     def note(self) -> str | None:
         """What is worth knowing about the scheme, about what it became and about the graph."""
-        return joined(self.scheme.note, *carried_otherwise(self.carried, self.scheme), self.subject.note)
+        return joined(self.scheme.note, *carried_otherwise(self.carried, self.scheme), *self._left_plain(), self.subject.note)
+
+    def _left_plain(self) -> Iterator[str]:
+        """The note on linears and kernels that were to be calibrated and were not."""
+        if self.statistics is not None:
+            multiplied = {f"{place.matrix.name}.weight" for several in self.places.values() for place in several} | {one.weight for one in self.convolutions}
+            rounded = [weight for weight in self.carried if weight.name in multiplied and weight.carried not in FLOATS]
+            yield from left_plain(rounded, {weight.name for weight in rounded} - calibrated_weights(self.plan))
 
     @property
     def carried(self) -> frozenset[Carried]:

@@ -108,8 +108,9 @@ def _shortened(export: TracedExport, source: Source) -> TracedExport:
         )
     again = export.subject.again
     subject = again(config) if again else replace(subject_of(config, export.task), outputs=export.subject.outputs)
-    again_drawn = draw(subject, source, config, export.target)
-    held = fill(again_drawn, source, export.scheme, export.offsets, export.data_file, beside=export.beside, branches=export.branches)
+    held = fill(
+        draw(subject, source, config, export.target), source, export.scheme, export.offsets, export.data_file, beside=export.beside, branches=export.branches
+    )
     return replace(held, statistics=export.statistics)
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from qlora_tools.bench.device.arena import read_log, record_of, torch_record, watch_arena
+from qlora_tools.bench.device.arena import ArenaWatch, read_log, record_of, torch_record
 
 AT = "2026-11-22 00:23:48.676684150 [I:onnxruntime:Default, bfc_arena.cc:"
 MIB = 1 << 20
@@ -70,7 +70,7 @@ def test_no_arena_is_a_reason_and_not_zero():
 
 
 def test_what_is_no_information_is_passed_on(capfd):
-    with watch_arena() as watch:
+    with ArenaWatch() as watch:
         os.write(2, f"{created('Cuda', 1)}\n\x1b[0;93m2026-11-22 00:28:29 [W:onnxruntime:Default, x] careful\nTraceback\n{reserved('Cuda', 5)}\n".encode())
         sys.stderr.write("from Python\n")
     assert watch.record()["peak_bytes"] == 5
@@ -79,7 +79,7 @@ def test_what_is_no_information_is_passed_on(capfd):
 
 
 def test_an_error_goes_through_with_the_lines_before_it(capfd):
-    with pytest.raises(ValueError, match="no room"), watch_arena() as watch:
+    with pytest.raises(ValueError, match="no room"), ArenaWatch() as watch:
         os.write(2, f"{reserved('Cuda', 5)}\n".encode())
         raise ValueError("no room")
     assert watch.record()["peak_bytes"] == 5
@@ -101,7 +101,7 @@ import json, sys
 import numpy as np, onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 from pathlib import Path
-from qlora_tools.bench.device.arena import watch_arena
+from qlora_tools.bench.device.arena import ArenaWatch
 
 folder = Path(sys.argv[1])
 weights = [numpy_helper.from_array(np.ones(shape, np.float32), name) for name, shape in (("a", (256, 1024)), ("b", (1024, 256)))]
@@ -114,7 +114,7 @@ options = ort.SessionOptions()
 options.log_severity_level, options.intra_op_num_threads, options.enable_profiling = 3, 1, True
 options.profile_file_prefix = str(folder / "profile")
 options.add_session_config_entry("session.disable_prepacking", "1")
-with watch_arena("cpu") as watch:
+with ArenaWatch("cpu") as watch:
     session = ort.InferenceSession(str(folder / "m.onnx"), options, providers=["CPUExecutionProvider"])
     for rows in (1, 64, 2000):
         session.run(None, {"x": np.ones((rows, 256), np.float32)})

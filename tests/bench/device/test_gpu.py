@@ -16,18 +16,18 @@ MIB = 1 << 20
 HOLD = """
 import json, os, sys
 from qlora_tools.bench.device import open_meter
-from qlora_tools.bench.device.arena import watch_arena
+from qlora_tools.bench.device.arena import ArenaWatch
 from qlora_tools.bench.device.context import hold_context
 what, meter = sys.argv[1], open_meter("cuda")
 if what == "torch":
     import torch
-    with watch_arena() as watch:
+    with ArenaWatch() as watch:
         held = torch.ones(256 << 20, dtype=torch.uint8, device="cuda")
         torch.cuda.synchronize()
     print(json.dumps({"during": meter.read(os.getpid()), "arena": watch.record()}))
 elif what == "onnx":
     from qlora_tools.export.runtime.loading import open_one_operator
-    with watch_arena() as watch:
+    with ArenaWatch() as watch:
         held = open_one_operator(device="cuda", memory="lean")
     print(json.dumps({"during": meter.read(os.getpid()), "arena": watch.record()}))
 else:

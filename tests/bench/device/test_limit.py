@@ -74,7 +74,7 @@ LIVE = """
 import json, sys
 import numpy as np, onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
-from qlora_tools.bench.device.arena import watch_arena
+from qlora_tools.bench.device.arena import ArenaWatch
 
 limit = int(sys.argv[1])
 weight = numpy_helper.from_array(np.ones((256, 4096), np.float32), "w")
@@ -88,7 +88,7 @@ options.log_severity_level, options.intra_op_num_threads = 4, 1
 options.add_session_config_entry("session.use_env_allocators", "1")
 options.add_session_config_entry("session.disable_prepacking", "1")
 error = None
-with watch_arena("cpu") as watch:
+with ArenaWatch("cpu") as watch:
     ort.create_and_register_allocator(memory, ort.OrtArenaCfg({"max_mem": limit, "arena_extend_strategy": 1}))
     try:
         ort.InferenceSession(model, options, providers=["CPUExecutionProvider"]).run(None, {"x": np.ones((1000, 256), np.float32)})

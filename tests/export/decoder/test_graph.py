@@ -4,7 +4,9 @@ import numpy as np
 import onnx
 import pytest
 
+from qlora_tools.export.decoder.export import plan_export, write_graph
 from qlora_tools.export.runtime.session import DecoderSession
+from qlora_tools.export.target import Target
 from tests.export.decoder.families import LONGROPE, MODELS, PROMPT
 from tests.export.tiny_decoders import build, export, tokens
 
@@ -77,3 +79,16 @@ def test_a_norm_is_fused_with_the_sum_only_where_it_follows_it(tmp_path):
         export(build(family, **({"head_dim": 16} if family == "gemma2" else {})), folder)
         kinds = [node.op_type for node in onnx.load(folder / "model.onnx", load_external_data=False).graph.node]
         assert sum(kind.startswith("Skip") for kind in kinds) == fused, family
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3-longrope-short", "gemma2-window"])
+def test_no_node_is_drawn_that_nobody_reads(name, tmp_path):
+    family, changes = MODELS[name]
+    tiny = build(family, **changes)
+    for target, scheme in ((Target(), "int4"), (Target(), "int8"), (Target("cpu", "F32", standard=True), "int4")):
+        folder = tmp_path / f"{scheme}-{target.standard}"
+        folder.mkdir()
+        write_graph(plan_export(tiny.source, tiny.config, scheme, target), tiny.source, folder)
+        graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+        read = {value for node in graph.node for value in node.input} | {value.name for value in graph.output}
+        assert [node.name for node in graph.node if not read & set(node.output)] == []

@@ -116,9 +116,10 @@ def test_sixteen_bit_graphs_take_factors_of_their_own_kind(tmp_path):
     assert kinds == {onnx.TensorProto.BFLOAT16}
 
 
-def test_a_weight_that_several_layers_share_has_one_pair_of_inputs(tmp_path):
+def test_a_weight_that_several_layers_share_has_one_pair_of_inputs(monkeypatch, tmp_path):
     sizes = {"hidden_size": 32, "embedding_size": 16, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 99}
-    made = shared("albert", sizes)
+    monkeypatch.setitem(CONFIGS, "albert", {"model_type": "albert", "architectures": ["AlbertForSequenceClassification"], **sizes})
+    made = tiny("albert")
     live, folder = adapted(made.model, tmp_path / "a", target_modules=["query"])
     export = written(made, "fp32", tmp_path / "e", kept={"x": (read(made, folder), 1.0)})
     graph = onnx.load(tmp_path / "e/model.onnx", load_external_data=False).graph
@@ -127,13 +128,6 @@ def test_a_weight_that_several_layers_share_has_one_pair_of_inputs(tmp_path):
     wanted = answer(made, live, 0)
     found = run(tmp_path / "e", {**made.subject.draw(0), **factors})
     assert all(relative_error(found[name], wanted[name]) < 1e-3 for name in wanted)
-
-
-def shared(kind, sizes):
-    """A tiny model that is no other test's."""
-    name = f"branches-{kind}"
-    CONFIGS.setdefault(name, {"model_type": kind, "architectures": ["AlbertForSequenceClassification"], **sizes})
-    return tiny(name)
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,15 @@ def lost(checkpoint, folder):
     return relative_error(found, wanted)
 
 
+def test_linears_that_the_statistics_do_not_hold_are_named(checkpoint, statistics, drawn, monkeypatch):
+    whole = fill(drawn, checkpoint, scheme_of("int8"), statistics=statistics).note
+    found = statistics.name_of
+    monkeypatch.setattr(statistics, "name_of", lambda kind, weight: None if "intermediate" in weight else found(kind, weight))
+    less = fill(drawn, checkpoint, scheme_of("int8"), statistics=statistics).note
+    assert "without calibration" not in (whole or "") and "rounded without calibration: dense (" in less
+    assert fill(drawn, checkpoint, scheme_of("int8")).note == whole
+
+
 def test_statistics_of_no_layer_are_refused(statistics, tmp_path):
     made = tiny("vit")
     with pytest.raises(IncompatibleError, match="describes no layer of this model"):
