@@ -188,19 +188,19 @@ def on_gpu(found: dict, row: Row) -> Row | None:
 
 
 def beside_published() -> list[dict]:
-    """The published figures of every shape beside ours: nf4, a LoRA of rank 16 on all linears, 1 x 512 tokens, whatever theirs were (``remark`` says)."""
+    """The published figures of every shape beside ours: nf4, a LoRA of rank 16 on all linears, as many tokens as theirs where that is told, else 1 x 512."""
     rows = []
     for path in sorted((Path(__file__).parent / "shapes").glob("*.json")):
         config = json.loads(path.read_text(encoding="utf-8"))
         with tempfile.TemporaryDirectory() as text:
             shutil.copyfile(path, Path(text) / "config.json")
             with verb.opened(outline(Path(text)), "nf4", "cuda") as base:
-                found = base.of(verb.EstimateConfig())
-        ours = {"weights": found.weights_bytes, "running": found.running_bytes, "training": found.training_bytes}
-        for published in published_for(config):
-            row = {**asdict(published), "ours_bytes": ours.get(published.column or "")}
-            rows.append(row)
-            print(f"{row['model']:<14} {row['about']:<68} {row['nbytes'] / 1e9:8.2f} GB  ours {(row['ours_bytes'] or 0) / 1e9:8.2f} GB")
+                for published in published_for(config):
+                    found = base.of(verb.EstimateConfig(**published.asked))
+                    ours = {"weights": found.weights_bytes, "running": found.running_bytes, "training": found.training_bytes}.get(published.column or "")
+                    rows.append({**asdict(published), "ours_bytes": ours})
+                    said = "n/a" if ours is None else f"{ours / 1e9:.2f} GB"
+                    print(f"{published.model:<14} {published.about:<68} {published.nbytes / 1e9:8.2f} GB  ours {said}")
     return rows
 
 

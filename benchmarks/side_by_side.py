@@ -51,7 +51,7 @@ class Step:
 STEPS = (
     Step("quantize_speed.py", ("--pairs", "15"), 3),
     Step("extract_vs_mergekit.py", ("--pairs", "5"), 6, peer="mergekit"),
-    Step("train_vs_peft.py", ("--shape", "110m", "--steps", "7", "--pairs", "5"), 12),
+    Step("train_vs_peft.py", ("--shape", "110m", "--steps", "7", "--pairs", "3"), 8),
     Step("gptq_speed.py", ("--pairs", "3"), 15),
     Step("export_vs_genai.py", ("--shapes", "350m,110m", "--pairs", "5"), 15, peer="genai", model="optional"),
     Step("export_vs_optimum.py", ("--shapes", "350m,110m"), 20, peer="optimum", model="optional"),

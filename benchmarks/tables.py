@@ -269,6 +269,17 @@ def estimates() -> str:
     return table(["shape, batch x prompt + new", "setting", "estimated", "peak RSS", "error"], rows)
 
 
+def published() -> str:
+    """What others published about models of known shapes, beside our estimates; nothing here was measured by us."""
+    if not (found := result("estimate_published")):
+        return NOT_MEASURED
+    rows = [
+        [row["model"], row["about"], f"{row['nbytes'] / 1e9:.2f} GB", "" if row["ours_bytes"] is None else f"{row['ours_bytes'] / 1e9:.2f} GB", row["source"]]
+        for row in sorted(found["rows"], key=lambda row: (row["model"], row["nbytes"]))
+    ]
+    return table(["model", "what", "published", "our estimate", "source"], rows)
+
+
 def resnet() -> str:
     """int8 convolutions over a whole ResNet-50, beside what onnxruntime's own quantizer makes."""
     if not (found := result("convolutions")):
@@ -287,7 +298,7 @@ SHOWN = {
     "cuda": "side-by-side",
     "estimate": "estimates, side-by-side",
     "estimate_cuda": "side-by-side",
-    "estimate_published": "no table: `qlt estimate` shows the same",
+    "estimate_published": "published",
     "export_calibrated": "kept, side-by-side",
     "export_vs_genai": "peers, cells, side-by-side",
     "export_vs_genai_tied": "no table: an earlier run of one size with tied embeddings",
@@ -325,6 +336,7 @@ BLOCKS = {
     "side-by-side": side_by_side,
     "resnet": resnet,
     "estimates": estimates,
+    "published": published,
     "results": measured_files,
     "chain": chain,
     "peers": peers,

@@ -19,12 +19,13 @@ from qlora_tools.bench.charts_layers import decay_chart, energy_chart, rank_char
 from qlora_tools.bench.charts_pareto import FRAME, headline, pareto_chart
 from qlora_tools.bench.charts_sweep import AXES, sweep_chart, sweeps
 from qlora_tools.bench.pareto import plot_data, points, views
+from qlora_tools.bench.pick import QUALITY
 from qlora_tools.bench.record import BenchRecord
 from qlora_tools.bench.table import Table, bench_table, broken_identities, failures, leaders, method, remarks
 from qlora_tools.names import shortened
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
-_QUALITY = frozenset({"ppl", "kl", "top1", "error", "cosine", "retention"})  # the reference wins these by definition
+_QUALITY = QUALITY - {"accuracy"}  # the reference wins these by definition
 _MOST_ROWS = 20  # beyond, the table scrolls under its headings
 _FRONTIER = '<i class="key frontier"></i>on the frontier <i class="key rest"></i>another setting is at least as good in both. Whiskers: 95 % interval.'
 _SPLIT = (

@@ -76,7 +76,7 @@ def compare(ratios_W: Sequence[float]) -> dict[str, Any]:
     """``effect``, ``ci95``, ``n_pairs``, ``verdict`` of a's time over b's in each round."""
     effect, n = median(ratios_W), len(ratios_W)
     if n < FEWEST_ROUNDS:
-        return {"effect": effect, "ci95": None, "n_pairs": n, "verdict": "tie", "reason": f"{n} of {FEWEST_ROUNDS} rounds"}
+        return {"effect": effect, "ci95": None, "n_pairs": n, "verdict": "tie", "reason": f"a verdict takes {FEWEST_ROUNDS} rounds, there are {n}"}
     low, high = bounds(np.median(np.asarray(ratios_W)[drawn(n)], axis=1), n)
     return {"effect": effect, "ci95": [low, high], "n_pairs": n, "verdict": "tie" if low <= 1 <= high else "a" if high < 1 else "b"}
 

@@ -58,6 +58,9 @@ METRICS: Mapping[str, Metric] = {
         Metric("kl", "nats", _quality("kl_mean")),
         Metric("ppl", "number", _quality("ppl_candidate")),
         Metric("top1", "share", _quality("top1_agreement"), higher_is_better=True),
+        Metric("accuracy", "share", _quality("accuracy"), higher_is_better=True),
+        Metric("cosine", "number", _quality("cosine_mean"), higher_is_better=True),
+        Metric("error", "share", _quality("relative_error")),
         Metric("retention", "share", _quality("retention"), higher_is_better=True),
         Metric("file", "bytes", lambda record, row: row.file_bytes, "file_bytes"),
         Metric("weights", "bytes", lambda record, row: row.weights_bytes, "weights_bytes"),
@@ -69,11 +72,13 @@ METRICS: Mapping[str, Metric] = {
         Metric("tok/s", "rate", lambda record, row: row.decode_tokens_per_s, "decode_tokens_per_s", higher_is_better=True),
     )
 }
+#: The metrics that come from judging, not from running.
+QUALITY = frozenset({"kl", "ppl", "top1", "accuracy", "cosine", "error", "retention"})
 #: What decides between settings that meet all wishes: the first figure, then the next where that ties or is not known.
 OBJECTIVES: Mapping[str, tuple[str, ...]] = {
     "fastest": ("decode", "prefill", "file"),
     "smallest": ("vram", "file", "decode"),
-    "closest": ("kl", "top1", "decode"),
+    "closest": ("kl", "top1", "error", "decode"),
 }
 
 
@@ -187,7 +192,7 @@ def figure_of(record: BenchRecord, setting: str, name: str) -> tuple[float | Non
 def _why(record: BenchRecord, row: Row, metric: Metric) -> str:
     if row.status != "ok":
         return f"it did not run: {row.reason}"
-    if metric.name in ("kl", "ppl", "top1", "retention"):
+    if metric.name in QUALITY:
         judged = record.quality_of(row.setting)
         if judged is None:
             return "quality was not judged"

@@ -31,6 +31,7 @@ from qlora_tools.bench.cells import (
     time_cell,
 )
 from qlora_tools.bench.pairs import METRICS as LATENCIES
+from qlora_tools.bench.pick import QUALITY
 from qlora_tools.bench.record import BenchRecord, Case, Row
 from qlora_tools.names import shortened
 
@@ -48,7 +49,7 @@ _ROW_NAMES = frozenset({"setting", "batch", "prompt_tokens", "new_tokens"})
 _KINDS = {
     "sizes": frozenset({"file", "weights", "load"}),
     "memory": frozenset({"peak", *(field.removesuffix("_bytes") for field, _ in _DEVICE_COLUMNS)}),
-    "quality": frozenset({"ppl", "kl", "top1", "accuracy", "error", "cosine", "retention"}),
+    "quality": QUALITY,
 }
 
 

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_tools.errors import CheckFailed, CorruptError
-from qlora_tools.names import shortened
+from qlora_tools.errors import CorruptError
 
 if TYPE_CHECKING:  # measuring processes come here, and need neither
     import onnx_ir as ir
@@ -111,17 +110,3 @@ def strays(nodes: Iterable[Placed], device: str, host: Collection[str] = ()) -> 
     """Nodes that are not on ``device`` though they should be, and copies between devices."""
     wanted = _PROVIDERS[device]
     return tuple(node for node in nodes if node.kind in COPIES or (node.provider != wanted and node.name not in host))
-
-
-def check_placement(nodes: Iterable[Placed], device: str, host: Collection[str] = ()) -> None:
-    """Hold a session to its device.
-
-    Raises:
-        CheckFailed: names the nodes that run elsewhere.
-    """
-    found = strays(nodes, device, host)
-    if found:
-        raise CheckFailed(
-            f"{len(found)} nodes do not run on {device}: {shortened([str(node) for node in found])}",
-            hint="this onnxruntime has no kernel for them there; every one costs copies on each step, and no CUDA graph is possible",
-        )

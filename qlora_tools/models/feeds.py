@@ -88,7 +88,8 @@ def positions(config: Mapping[str, Any]) -> int | None:
     if not isinstance(found, int) or found < 1 or text.get("relative_attention_num_buckets"):
         return None
     behind = str(text.get("model_type", "")).endswith(("roberta", "camembert", "longformer", "mpnet"))
-    return found - int(text.get("pad_token_id") or 1) - 1 if behind else found
+    padding = text.get("pad_token_id")
+    return found - (1 if padding is None else int(padding)) - 1 if behind else found
 
 
 def image_size(config: Mapping[str, Any], processor: Mapping[str, Any]) -> tuple[int, int]:

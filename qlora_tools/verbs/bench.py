@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,18 +27,19 @@ from qlora_tools.quality.probe import PROBE, probe_options
 from qlora_tools.quality.ranking import comparisons, with_retention
 from qlora_tools.verbs.bench_layers import layers_of, layers_of_models
 from qlora_tools.verbs.bench_names import RUNS, interrupted_run, journal_of, next_run
-from qlora_tools.verbs.bench_plan import BenchPlan, LineUp, check_room, line_up, sweep
+from qlora_tools.verbs.bench_plan import BenchPlan, Exported, LineUp, check_room, line_up, sweep
 from qlora_tools.verbs.evaluate import ONNX_FORWARD, TORCH_FORWARD, read_text
 from qlora_tools.verbs.exporting import Given
 from qlora_tools.verbs.report import compared, picked, write_report
 
-__all__ = ["BenchPlan", "BenchResult", "bench", "layers_of", "sweep"]
+__all__ = ["BenchPlan", "BenchResult", "Exported", "bench", "layers_of", "sweep"]
 
 
 @dataclass(frozen=True)
 class BenchResult:
     """Where the results lie and what they are. ``reference`` is the setting that quality is judged against, ``plan`` what had to be done, ``skipped``
-    arguments that are no models. ``record`` is ``None`` in a dry run; ``picked`` and ``compared`` are what was asked for with it."""
+    arguments that are no models, ``exports`` the graphs of the given checkpoints that lie there now. ``record`` is ``None`` in a dry run; ``picked`` and
+    ``compared`` are what was asked for with it."""
 
     output: Path
     dry_run: bool
@@ -46,6 +48,7 @@ class BenchResult:
     plan: BenchPlan
     skipped: tuple[str, ...]
     record: BenchRecord | None
+    exports: tuple[Exported, ...] = ()
     picked: Picked | None = None
     compared: Compared | None = None
 
@@ -136,6 +139,7 @@ def bench(
         plan=plan,
         skipped=found.skipped,
         record=record,
+        exports=found.exports,
         picked=picked(record, pick),
         compared=compared(record, before, margin, compare),
     )
@@ -158,15 +162,27 @@ def _destination(output: Path | None, resume: bool) -> Path:
 
 @contextmanager
 def _journal(dest: Path, resume: bool) -> Iterator[Path]:
-    """The file that keeps what is finished. It outlives an interruption."""
+    """The file that keeps what is finished. It outlives an interruption.
+
+    Raises:
+        UsageError: another benchmark is writing it. Interrupted: ctrl-C.
+    """
     journal = journal_of(dest)
     journal.parent.mkdir(parents=True, exist_ok=True)
-    if not resume:
-        journal.unlink(missing_ok=True)
-    try:
-        yield journal
-    except KeyboardInterrupt:
-        raise Interrupted("the benchmark was interrupted", hint="the same command with --resume goes on from what is finished", folder=dest) from None
+    with journal.open("ab") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"{dest}: another benchmark is running for it", hint="let it end, or name another folder with -o") from None
+        if not resume:
+            stream.truncate(0)
+        try:
+            yield journal
+        except KeyboardInterrupt:
+            raise Interrupted("the benchmark was interrupted", hint="the same command with --resume goes on from what is finished", folder=dest) from None
+        finally:
+            if journal.exists() and not journal.stat().st_size:  # nothing was begun
+                journal.unlink()
 
 
 def _store(record: BenchRecord, dest: Path, force: bool, inputs: Sequence[Path], *, elsewhere: bool) -> Path:

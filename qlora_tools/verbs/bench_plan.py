@@ -50,6 +50,15 @@ class BenchPlan:
     new_bytes: int
 
 
+@dataclass(frozen=True)
+class Exported:
+    """The export of a checkpoint in one setting, found or made. ``model``: the checkpoint, or the base, as it was given."""
+
+    model: str
+    scheme: str
+    folder: Path
+
+
 @dataclass(frozen=True, eq=False)
 class LineUp:
     """Everything that is measured, in order, and who judges. ``untuned``: the id of the model before fine-tuning. ``skipped``: arguments that are no models."""
@@ -65,6 +74,16 @@ class LineUp:
         if self.reference is None or self.reference.setting.id in {found.setting.id for found in self.planned}:
             return self.planned
         return (*self.planned, self.reference)
+
+    @property
+    def exports(self) -> tuple[Exported, ...]:
+        """Of the given checkpoints, as far as they are there; who judges comes first."""
+        made: dict[Path, Exported] = {}
+        for found in (*([self.reference] if self.reference is not None else []), *self.planned):
+            scheme = found.setting.scheme
+            if found.subject is not None and found.folder is not None and scheme is not None and found.setting.unavailable is None:
+                made.setdefault(found.folder, Exported(str(found.subject.model), scheme, found.folder))
+        return tuple(made.values())
 
     def described(self, workload: Workload, rounds: int) -> BenchPlan:
         """The plan for readers."""
@@ -208,6 +227,8 @@ def export_command(manifest: Manifest, folder: Path) -> str | None:
     words += [f"--{command['scheme']}", "--device", str(command.get("device", "cpu"))]
     words += ["--dtype", "bf16"] if command.get("compute") == "BF16" and command["scheme"] != "bf16" else []
     words += ["--standard"] if command.get("standard") else []
+    words += ["--task", str(command["task"])] if command.get("task") else []
+    words += ["--head-bits", str(command["head_bits"])] if command.get("head_bits") else []
     calib = command.get("calib") or (place("calibration") if "calibration" in manifest.inputs else None)
     return shlex.join([*words, *(["--calib", str(calib)] if calib else []), "-o", _typed(folder)])
 

@@ -276,8 +276,15 @@ class Subject:
         command, parts = manifest.command, zip(self.drawn.roles, self.drawn.adapters, strict=True)
         wanted = {"verb": "export", "scheme": scheme, "device": self.device, "compute": target.compute, "standard": False}
         wanted |= {"adapters": {role: {"use": part.use, "weight": part.weight} for role, part in parts}, "target": self.drawn.target}
-        plain = "calib" not in command and "calibration" not in manifest.inputs and not command.get("kept")
+        wanted |= {"calib": None, "head_bits": None}
+        plain = "calibration" not in manifest.inputs and not command.get("kept") and self._is_own_task(command.get("task"))
         return manifest.kind == "export" and plain and all(command.get(name) == value for name, value in wanted.items())
+
+    def _is_own_task(self, task: str | None) -> bool:
+        """Whether a graph for ``task`` is what an export makes of this model unasked; ``None`` is its family's own graph."""
+        from qlora_tools.verbs.export_traced import own_task  # brings transformers with it
+
+        return task is None or task == own_task(self.drawn.config)
 
     def _is_merge(self, manifest: Manifest) -> bool:
         wanted = {"verb": "merge", "scheme": None, "target": self.drawn.target, "weights": [weight for _, weight in self.adapters]}

@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_tools.engine.plan import Source
-from qlora_tools.errors import UnsupportedError
+from qlora_tools.errors import UnsupportedError, UsageError
 from qlora_tools.export.decoder.branches import Beside
 from qlora_tools.export.schemes import Scheme
 from qlora_tools.export.target import Target
+from qlora_tools.export.traced.diffusion import diffusion_subject
 from qlora_tools.export.traced.encoder_decoder import encoder_decoder_subjects
 from qlora_tools.export.traced.export import TracedExport, plan_traced, write_traced
 from qlora_tools.export.traced.halves import HalvesExport, check_halves, plan_halves, write_halves
+from qlora_tools.export.traced.inputs import model_class
+from qlora_tools.models.work import is_of_diffusers
 from qlora_tools.progress import Progress
 
 if TYPE_CHECKING:
@@ -48,6 +51,15 @@ def plan_any(
         except UnsupportedError as error:
             progress.note(f"exported as one graph: {error}")
     return plan_traced(source, config, scheme, target, task=task, beside=beside, statistics=statistics, progress=progress)
+
+
+def own_task(config: Mapping[str, Any]) -> str | None:
+    """What the model that ``config`` describes is traced for when nobody says what; ``None`` where it is not traced unless somebody does, as for an
+    autoencoder's halves."""
+    try:
+        return diffusion_subject(config).task if is_of_diffusers(config) else model_class(config)[1]
+    except (UsageError, UnsupportedError):
+        return None
 
 
 def check_calibration(planned: Traced) -> None:

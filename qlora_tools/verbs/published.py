@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ _SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attentio
 @dataclass(frozen=True)
 class Published:
     """``about``: what takes ``nbytes``; ``column``: the column of ours that it is nearest to (``weights``, ``running``, ``training``), if any;
-    ``model``: whose figure it is; ``remark``: what to mind where ours stands beside it."""
+    ``model``: whose figure it is; ``remark``: what to mind where ours stands beside it; ``asked``: what to ask of an estimate so that it is of the same work,
+    as far as that is known."""
 
     model: str
     about: str
@@ -28,6 +29,7 @@ class Published:
     column: str | None = None
     setting: str | None = None
     remark: str | None = None
+    asked: Mapping[str, int] = field(default_factory=dict)
 
 
 @cache

@@ -38,7 +38,7 @@ def test_who_is_faster_follows_from_ratios_of_one_round():
 def test_too_few_rounds_rank_nobody():
     found = compare([0.5] * (FEWEST_ROUNDS - 1))
     assert (found["verdict"], found["ci95"], found["effect"]) == ("tie", None, 0.5)
-    assert found["reason"] == "4 of 5 rounds"
+    assert found["reason"] == "a verdict takes 5 rounds, there are 4"
 
 
 def test_the_interval_follows_from_the_rounds_alone():

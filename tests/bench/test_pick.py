@@ -116,6 +116,16 @@ def test_the_worst_of_several_cases_counts():
     assert pick(swept, "tok/s>100").setting is None and pick(record, "tok/s>100").setting is not None
 
 
+def test_models_that_look_once_are_picked_by_what_their_outputs_show():
+    record = make_record()
+    seen = {"fp32": {"cosine_mean": 1.0, "relative_error": 0.0, "accuracy": 0.93}, "int8": {"cosine_mean": 0.9991, "relative_error": 0.04, "accuracy": 0.92}}
+    judged = tuple(replace(item, figures=seen[item.setting]) for item in record.quality if item.setting in seen)
+    record = replace(record, quality=judged)
+    assert pick(record, "cosine>0.999,error<5%,accuracy>=92%").setting == "int8"
+    assert pick(record, "error<1%").setting == "fp32" == pick(record, ";closest").setting
+    assert "int8 <fast> & |small| comes nearest" not in pick(record, "accuracy>99%").remarks[0]
+
+
 def test_every_metric_and_objective_can_be_asked_of_a_record():
     record = make_record()
     for name in METRICS:

@@ -134,14 +134,14 @@ def test_speeds_that_cannot_be_told_apart_are_a_tie_and_too_few_rounds_are_said(
     record = make_swept()
     cell = cells_of(record, "prefill_vs", "w8a8")
     assert (cell.text, cell.note) == ("tie", "x1.01 [0.98, 1.03]; 5 pairs of rounds")
-    short = {"ci95": None, "verdict": "tie", "reason": "3 of 5 rounds"}
+    short = {"ci95": None, "verdict": "tie", "reason": "a verdict takes 5 rounds, there are 3"}
     some = replace(record, comparisons=tuple({**found, **short} if found["a"] == "nf4" else found for found in record.comparisons))
     assert cells_of(some, "decode_vs", "nf4").text == "not sure"
-    assert remarks(some).count("who is faster is not sure: 3 of 5 rounds") == 1
+    assert remarks(some).count("who is faster is not sure: a verdict takes 5 rounds, there are 3") == 1
     assert not [said for said in remarks(some) if " tie in " in said]
     nothing = replace(record, comparisons=tuple({**found, **short} for found in record.comparisons))
     assert "decode_vs" not in [column.key for column in bench_table(nothing).columns]
-    assert remarks(nothing).count("who is faster is not sure: 3 of 5 rounds") == 1
+    assert remarks(nothing).count("who is faster is not sure: a verdict takes 5 rounds, there are 3") == 1
 
 
 def test_the_ratio_is_turned_where_the_first_setting_is_a():

@@ -7,8 +7,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from qlora_tools.errors import CheckFailed, CorruptError
-from qlora_tools.export.placement import RECORD, Placed, assigned, check_placement, crossings, host_nodes, profiled, strays
+from qlora_tools.errors import CorruptError
+from qlora_tools.export.placement import RECORD, Placed, assigned, crossings, host_nodes, profiled, strays
 from qlora_tools.export.target import Target
 from tests.export.decoder.families import MODELS
 from tests.export.tiny_decoders import build, export
@@ -39,7 +39,6 @@ def test_every_node_of_a_session_on_the_cpu_is_on_the_cpu(exported):
     assert {"MatMulNBits", "GroupQueryAttention", "SkipSimplifiedLayerNormalization"} <= kinds
     assert {node.provider for node in nodes} == {CPU_PROVIDER}
     assert strays(nodes, "cpu") == ()
-    check_placement(nodes, "cpu")
 
 
 def test_shape_arithmetic_belongs_to_the_host_and_nothing_else_does(exported):
@@ -74,8 +73,8 @@ def test_nodes_that_fell_back_are_named(exported):
     found = strays(nodes, "cuda", host)
     assert {node.kind for node in found} >= {"MatMulNBits", "GroupQueryAttention"} and not {node.name for node in found} & host
     products = [node for node in nodes if node.kind == "MatMulNBits"]
-    with pytest.raises(CheckFailed, match=rf"{len(products)} nodes do not run on cuda: MatMulNBits `head/.*` on CPUExecutionProvider"):
-        check_placement(products, "cuda", host)
+    fallen = [str(node) for node in strays(products, "cuda", host)]
+    assert len(fallen) == len(products) and any(name.startswith("MatMulNBits `head/") and name.endswith("on CPUExecutionProvider") for name in fallen)
 
 
 def test_copies_are_strays_wherever_they_run():

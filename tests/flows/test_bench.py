@@ -48,6 +48,10 @@ def test_a_checkpoint_with_settings_is_exported_and_measured(qlt, here, llama, t
     assert "do not compute in fp16" in rows["base-fp16"]["reason"] and done.json["reference"] == "base-fp32"
     assert (here / "exports/base-int8/model.onnx").exists() and (here / "exports/base-fp32/model.onnx").exists()
     assert done.json["picked"]["export"] == f"qlt export {llama} --int8 --device cpu -o exports/base-int8"
+    remembered = json.loads((here / ".qlt/last.json").read_text())["exports"]
+    assert [(item["path"], item["scheme"], item["model"]) for item in remembered] == [(f"exports/base-{name}", name, str(llama)) for name in ("fp32", "int8")]
+    bare = qlt("bench", "--text", text, *WORK, "--dry-run", "--json")  # what was made is what the next one measures
+    assert bare.code == 0 and set(bare.json["settings"]) == {"base-fp32", "base-int8"}
     again = qlt("bench", llama, "--settings", "int8", "--device", "cpu", "--text", text, *WORK, "--dry-run", "--json")
     assert {step["name"]: step["action"] for step in again.json["plan"]["steps"]} == {"int8": "found", "fp32": "found"}
 

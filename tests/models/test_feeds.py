@@ -83,6 +83,7 @@ def test_a_text_longer_than_the_positions_is_refused_and_images_ignore_the_lengt
         draw(["input_ids"], length=33)
     assert draw(["pixel_values"], {**BERT, "image_size": 8}, length=999)["pixel_values"].shape == (2, 3, 8, 8)
     assert positions({"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 1}) == 512
+    assert positions({"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 0}) == 513
     assert positions({}) is None and positions({"text_config": {"max_position_embeddings": 77}}) == 77
     assert reads_text(["decoder_input_ids"]) and not reads_text(["pixel_values"])
 

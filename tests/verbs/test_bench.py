@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from pathlib import Path
 
@@ -119,6 +120,15 @@ def test_a_named_output_starts_anew_unless_it_is_to_be_resumed(models, stand_in,
     journal_of(tmp_path / "out").write_text("of another time")
     run(models, "base", quality=False, output=tmp_path / "out")
     assert not journal_of(tmp_path / "out").exists() and (tmp_path / "out/bench.json").exists()
+
+
+def test_two_benchmarks_do_not_write_one_run(models, stand_in, tmp_path):
+    journal_of(tmp_path / "out").write_text("of the one that is running")
+    with journal_of(tmp_path / "out").open("ab") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        with pytest.raises(UsageError, match="another benchmark is running"):
+            run(models, "base", quality=False, output=tmp_path / "out")
+    assert journal_of(tmp_path / "out").read_text() == "of the one that is running" and not stand_in.calls
 
 
 def test_results_are_not_lost_to_a_name_that_was_taken_meanwhile(models, stand_in, tmp_path, monkeypatch):

@@ -16,6 +16,8 @@ from qlora_tools.errors import MissingError, UnsupportedError, UsageError
 from qlora_tools.verbs import bench_settings
 from qlora_tools.verbs.bench_plan import check_room, line_up, sweep
 
+TINY_BERT = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50, "max_position_embeddings": 64}
+
 
 @pytest.fixture
 def here(tmp_path, monkeypatch, llama):
@@ -109,16 +111,17 @@ def test_a_replacement_that_fails_leaves_the_old_export(here, monkeypatch):
 def test_exports_for_something_else_are_left_alone(here, monkeypatch):
     quick(monkeypatch)
     api.export(model="base", scheme="int8", device="cuda", verify=False)
-    api.export(model="base", scheme="int4", verify=False)
-    calibrated = here / "exports/base-int4/qlt-manifest.json"
+    api.export(model="base", scheme="int4", head_bits=8, verify=False)
+    api.export(model="base", scheme="w8a8", verify=False)
+    calibrated = here / "exports/base-w8a8/qlt-manifest.json"
     content = json.loads(calibrated.read_text())
     content["command"]["calib"] = "self"
     calibrated.write_text(json.dumps(content))
     (here / "exports/base-fp32").mkdir()
     (here / "exports/base-fp32/notes.txt").write_text("mine")
-    found = plan("int8", "int4", "fp32").made()
+    found = plan("int8", "int4", "w8a8", "fp32").made()
     places = {item.setting.name: item.setting.options["folder"] for item in found.planned}
-    assert places == {name: f"exports/base-{name}-cpu" for name in ("int8", "int4", "fp32")}
+    assert places == {name: f"exports/base-{name}-cpu" for name in ("int8", "int4", "w8a8", "fp32")}
     assert json.loads((here / "exports/base-int8/qlt-manifest.json").read_text())["command"]["device"] == "cuda"
     assert (here / "exports/base-fp32/notes.txt").read_text() == "mine"
 
@@ -240,8 +243,7 @@ def test_work_longer_than_the_model_is_refused_with_the_case(here):
 def test_a_model_that_looks_once_needs_room_for_what_it_reads_alone(here):
     from transformers import BertConfig, BertForSequenceClassification
 
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50, "max_position_embeddings": 64}
-    BertForSequenceClassification(BertConfig(**sizes)).save_pretrained("bert")
+    BertForSequenceClassification(BertConfig(**TINY_BERT)).save_pretrained("bert")
     found = line_up(["bert"], settings=["torch-fp32"], device="cpu", judged=False)
     assert found.planned[0].setting.engine == "qlora_tools.bench.hf_forward:load"
     assert "looks once" in line_up(["bert"], settings=["torch-nf4"], device="cpu", judged=False).planned[0].setting.unavailable
@@ -250,10 +252,26 @@ def test_a_model_that_looks_once_needs_room_for_what_it_reads_alone(here):
         check_room(found, Workload(sweep(prompt=(65,), new=(1,), batch=(1,))))
 
 
+def test_a_traced_export_for_another_task_is_left_alone(here, monkeypatch):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    quick(monkeypatch)
+    BertForSequenceClassification(BertConfig(**TINY_BERT)).save_pretrained("bert")
+    api.export(model="bert", scheme="int8", task="feature-extraction", verify=False)
+    made = line_up(["bert"], settings=["int8"], device="cpu", judged=False).made()
+    assert made.planned[0].setting.options["folder"] == "exports/bert-int8-cpu"
+    again = line_up(["bert"], settings=["int8"], device="cpu", judged=False)
+    assert (again.planned[0].action, again.planned[0].setting.options["folder"]) == ("found", "exports/bert-int8-cpu")
+    headless = line_up(["exports/bert-int8"]).planned[0].setting
+    assert headless.export == "qlt export bert --int8 --device cpu --task feature-extraction -o exports/bert-int8"
+
+
 def test_the_command_of_an_export_is_told_from_its_manifest(here, adapter):
     api.export(base="base", adapters=[(adapter, 0.5)], scheme="int8", device="cuda", dtype="bf16", verify=False, output=here / "e")
     found = line_up(["e"]).planned[0].setting
     assert found.export == "qlt export --base base --adapter ad=0.5 --merge --int8 --device cuda --dtype bf16 -o e"
+    api.export(model="base", scheme="int4", head_bits=8, verify=False, output=here / "h")
+    assert line_up(["h"]).planned[0].setting.export == "qlt export base --int4 --device cpu --head-bits 8 -o h"
 
 
 def test_a_plan_counts_processes_and_bytes(here):

@@ -130,9 +130,18 @@ def command(
         tell_judgements(common.screen, result.picked, result.compared)
     else:
         _show_plan(common, result)
+    _remember(common, result, given)
     where = common.session.relative(result.output)
     common.screen.result(result, f"dry run: would write {where}" if result.dry_run else f"wrote {where}/report.html, report.md, bench.json and plots/")
     leave((result.picked, result.compared))
+
+
+def _remember(common: Shared, result: BenchResult, given: list[tuple[str, float]]) -> None:
+    """Exports that were made or found for this are the last model's from now on, as if `qlt export` had made them."""
+    for found in result.exports:
+        made = {"path": common.session.relative(found.folder), "scheme": found.scheme, "target": None}
+        model = {"base": found.model, "model": None} if given else {"model": found.model, "base": None}
+        common.session.add_export({**made, **model, "adapters": [list(pair) for pair in given]})
 
 
 def _show_plan(common: Shared, result: BenchResult) -> None:
