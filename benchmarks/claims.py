@@ -16,6 +16,12 @@ from judging import NOT_MEASURED, Claim, at_most, both_phases, faster, half_widt
 from measured import RESULTS
 
 HEADLINE = "350m"
+#: Beside the peak of a builder that needed more than this benchmark gives it.
+AT_ITS_LIMIT = " reached, then it failed: held below 85 % of the machine"
+#: A pair, and the text -> the share of the fine-tune's gain that distillation is to keep.
+REFINE_BARS = {"shakespeare-light": {"own": 0.94, "self": 0.90}, "shakespeare-heavy": {"own": 0.80}}
+#: KL to the tuned model that a weighted extraction of rank 16 is to stay below.
+EXTRACT_KL = 0.0008
 #: A merge into 4 bits -> the share of a fine-tune's gain that it is to keep.
 MERGE_BARS = {
     "16-bit base, requant": 0.92,
@@ -56,7 +62,8 @@ def everything() -> list[Claim]:
         found += [*optimum_export(size), *optimum_graphs(size)]
     for size in olive or {HEADLINE: None}:
         found += olive_graphs(size)
-    return [*found, *adapters_kept(), *builder_memory(), *calibrated(), *merged(), *gptq(), *foretold(), *repeated(), *on_cuda()]
+    found += [*adapters_kept(), *builder_memory(), *distilled(), *calibrated(), *merged(), *gptq()]
+    return [*found, *foretold(), *repeated(), *on_cuda()]
 
 
 def sizes(name: str) -> dict[str, dict[str, Any]]:
@@ -214,8 +221,25 @@ def builder_memory() -> Iterator[Claim]:
             yield Claim("… beside the builder", told, "genai builder", bar="<= 0.2", verdict=NOT_MEASURED)
             continue
         died = theirs["returncode"] != 0  # its peak is then what it had reached, so the share can only be less
-        peer = f"{theirs['peak_bytes'] / 1e9:.2f} GB{' reached, then it failed' if died else ''} (genai builder)"
+        peer = f"{theirs['peak_bytes'] / 1e9:.2f} GB{AT_ITS_LIMIT if died else ''} (genai builder)"
         yield less("… beside the builder", told, peer, ours["peak_bytes"] / theirs["peak_bytes"], 0.2)
+
+
+def distilled() -> Iterator[Claim]:
+    """What distillation gives back to an adapter, and weighted extraction at equal size; plain SVD is the other way."""
+    for pair, bars in REFINE_BARS.items():
+        plain, *rows = (result(f"refine_{pair}") or {"rows": [{}]})["rows"]
+        for row in (row for row in rows if row["text"] in bars):
+            what = f"`--refine`, {pair}, {'in-domain' if row['text'] == 'own' else 'self-made'} text: gain kept"
+            verdict = judge(row["gain"], bars[row["text"]], least=True)
+            yield Claim(what, f"{100 * row['gain']:.1f} %", f"{100 * plain['gain']:.1f} % (SVD)", "", f">= {100 * bars[row['text']]:.0f} %", verdict)
+    if found := result("extract_weighted"):
+        rows = found["bases"]["bf16"]
+        ours, plain = (rows[name]["kl"] for name in ("fisher, spread, plain factors", "plain"))
+        verdict = judge(ours["value"], EXTRACT_KL, least=False, ci95=ours["ci95"])
+        low, high = ours["ci95"]
+        what = f"extract, r={found['rank']}, `--weight fisher`: KL to tuned"
+        yield Claim(what, f"{ours['value']:.5f} [{low:.5f}, {high:.5f}]", f"{plain['value']:.5f} (SVD)", "", f"<= {EXTRACT_KL}", verdict)
 
 
 def calibrated() -> Iterator[Claim]:

@@ -22,9 +22,13 @@ from judging import judge
 from measured import RESULTS, machine, measure, public_arguments, versions
 from synthetic import config_of, specs_of
 
+from qlora_tools.bench.device import open_meter
+from qlora_tools.bench.device.energy import LEAST_S
 from qlora_tools.bench.pairs import compare, round_ratios
 from qlora_tools.bench.record import BenchRecord, Case, Row, Setting, Workload
 from qlora_tools.bench.run import run_bench
+from qlora_tools.errors import MissingError
+from qlora_tools.names import slug
 
 GRAPH, TORCH = "qlora_tools.export.runtime:open_engine", "qlora_tools.bench.hf_engine:load"
 #: Group -> (ours, torch with bitsandbytes or alone, the builder's), by device.
@@ -68,7 +72,8 @@ class Clock:
         return self.budget_s - (time.monotonic() - self.began) - _SLACK_S
 
     def learn(self, guessed_s: float, took_s: float) -> None:
-        self.pace = min(max(0.5 * self.pace + 0.5 * self.pace * took_s / guessed_s, 0.02), 4.0)
+        """``guessed_s``: without the pace."""
+        self.pace = min(max(0.5 * self.pace + 0.5 * took_s / guessed_s, 0.02), 4.0)
 
 
 def parser_of(description: str | None = None) -> argparse.ArgumentParser:
@@ -92,11 +97,11 @@ def parser_of(description: str | None = None) -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None, *, description: str | None = None) -> None:
     options = parser_of(description).parse_args(arguments)
-    clock, results = Clock(options.budget), Results(options)
+    clock, results = Clock(options.budget), Results(options, gpu_of(options.device))
     with tempfile.TemporaryDirectory(dir=options.work) as text:
         wanted = [(name, part) for name, part in parts_of(options, Path(text), clock) if not (options.missing and results.has(name))]
         for number, (name, part) in enumerate(wanted):
-            clock.later_s = sum(first_round_s(*later.split(maxsplit=1), options, 1) for later, _ in wanted[number + 1 :] if " " in later)
+            clock.later_s = sum(first_round_s(*later.split(maxsplit=1), options, 1, has_base=True) for later, _ in wanted[number + 1 :] if " " in later)
             began = time.monotonic()
             try:
                 for found in part():
@@ -130,30 +135,45 @@ def parts_of(options: argparse.Namespace, work: Path, clock: Clock) -> Iterator[
     return ((name, part) for name, part in parts.items() if name in wanted and name not in options.skip.split(","))
 
 
-class Results:
-    """``cuda.json``: parts of this run over those of an earlier one on the same kind of device. Written whole after each part."""
+def gpu_of(device: str) -> dict[str, Any] | None:
+    """What the GPU says of itself before anything runs on it; ``None`` for the CPU, or where nobody can be asked."""
+    if device == "cpu":
+        return None
+    try:
+        meter = open_meter(device)
+    except MissingError as error:
+        print(f"note: {error}", file=sys.stderr)
+        return None
+    return None if meter is None else meter.describe()
 
-    def __init__(self, options: argparse.Namespace) -> None:
+
+class Results:
+    """``cuda.json``: parts of this run over those of an earlier one on the same kind of device (``gpu``); of another kind they are put aside in a file with that
+    one's name. Written whole after each part."""
+
+    def __init__(self, options: argparse.Namespace, gpu: dict[str, Any] | None = None) -> None:
         self.path = RESULTS / ("cuda.json" if options.device == "cuda" else f"cuda_{options.device}.json")
         before = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
-        self.content: dict[str, Any] = {"parts": before.get("parts", {}), "gpu": before.get("gpu")}
+        known = before.get("gpu")
+        if gpu and known and gpu["name"] != known["name"]:  # figures of two kinds of device do not belong in one table
+            self.path.replace(self.path.with_name(f"{self.path.stem}_{slug(known['name'].lower())}.json"))
+            before = {}
+        self.content: dict[str, Any] = {"parts": before.get("parts", {}), "gpu": gpu or before.get("gpu")}
         self.content |= {"command": f"python benchmarks/cuda.py {public_arguments()}".strip(), "machine": machine(), "device": options.device}
         self.content["versions"] = versions("qlora-tools", "torch", "numpy", "onnxruntime-gpu", "bitsandbytes", "transformers", "peft")
 
     def has(self, name: str) -> bool:
-        """True if a part was measured, in this run or an earlier one."""
+        """True if a part was measured, in this run or an earlier one; where nothing of it ran, it was not."""
         found = self.content["parts"].get(name, {})
-        return bool(found) and not {"failed", "reason"} & found.keys()
+        nothing_ran = found.get("rows") and all("failed" in row for row in found["rows"].values())
+        return bool(found) and not {"failed", "reason"} & found.keys() and not nothing_ran and found.get("passed") is not False
 
     def put(self, name: str, found: dict[str, Any]) -> None:
         parts = self.content["parts"]
         if found.get("reason") == BUDGET and self.has(name):
             return  # what was measured before is worth more than that it was not measured now
         parts[name] = found
-        gpu = found.pop("gpu", None)
-        if gpu and self.content["gpu"] and gpu["name"] != self.content["gpu"]["name"]:
-            self.content["parts"] = {name: found}  # figures of two kinds of device do not belong in one table
-        self.content["gpu"] = gpu or self.content["gpu"]
+        self.content["gpu"] = found.pop("gpu", None) or self.content["gpu"]
         self.path.parent.mkdir(exist_ok=True)
         partial = self.path.with_suffix(".partial")
         partial.write_text(json.dumps(self.content, sort_keys=True, separators=(",", ":")) + "\n", encoding="utf-8")
@@ -198,7 +218,7 @@ def checks(work: Path, options: argparse.Namespace, clock: Clock) -> Iterator[di
 def measured_group(work: Path, shape: str, group: str, options: argparse.Namespace, clock: Clock) -> Iterator[dict[str, Any]]:
     """Make the models of a group and run them beside each other, a round at a time while there is time; delete them."""
     ours, theirs, built = GROUPS[options.device][group]
-    first_s = first_round_s(shape, group, options, clock.contexts)
+    first_s = first_round_s(shape, group, options, clock.contexts, has_base=(work / f"base-{shape}").exists())
     if first_s * clock.pace > clock.left_s:
         yield {"reason": BUDGET}
         return
@@ -207,7 +227,7 @@ def measured_group(work: Path, shape: str, group: str, options: argparse.Namespa
         wanted = {"shape": shape, "ours": ours, "theirs": theirs, "base": str(work / f"base-{shape}"), "folder": str(folder), "device": options.device}
         made = ask({"do": "make", **wanted}, clock.left_s)
         if options.genai_python:
-            made[f"builder {built}"] = build(work / f"base-{shape}", folder, built, options)
+            made[f"builder {built}"] = build(work / f"base-{shape}", folder, built, options, clock.left_s)
         for number, record in enumerate(rounds_of(settings_of(made, options.device), shape, folder / "journal.jsonl", options, clock), 1):
             if number == 1:
                 clock.learn(first_s, time.monotonic() - began)
@@ -242,14 +262,15 @@ def settings_of(made: dict[str, dict[str, Any]], device: str) -> list[Setting]:
     return found
 
 
-def build(base: Path, folder: Path, precision: str, options: argparse.Namespace) -> dict[str, Any]:
+def build(base: Path, folder: Path, precision: str, options: argparse.Namespace, timeout_s: float) -> dict[str, Any]:
     """The builder's graph, in its own process."""
     dest = folder / f"builder-{precision}"
     arguments = ["-m", base, "-o", dest, "-p", precision, "-e", options.device, "-c", folder / "cache"]
-    done = measure("onnxruntime_genai.models.builder", arguments, python=str(options.genai_python), cwd=folder)
+    done = measure("onnxruntime_genai.models.builder", arguments, python=str(options.genai_python), cwd=folder, timeout_s=max(timeout_s, 1.0))
     shutil.rmtree(folder / "cache", ignore_errors=True)
     row = {"folder": str(dest), "seconds": done["wall_s"]}
-    return row | ({"failed": f"the builder: {done['stderr'].strip().splitlines()[-1][:300]}"} if done["returncode"] else {})
+    said = [*done["stderr"].strip().splitlines(), f"exit status {done['returncode']}"] if done["returncode"] != 0 else []
+    return row | ({"failed": f"the builder: {said[max(len(said) - 2, 0)][:300]}"} if said else {})
 
 
 def gpu_tests(clock: Clock) -> Iterator[dict[str, Any]]:
@@ -279,18 +300,20 @@ def other_script(script: str, words: list[Any], least_s: float, result: str, clo
         yield {"said": f"see {result}.json"}
 
 
-def first_round_s(shape: str, group: str, options: argparse.Namespace, contexts: int) -> float:
-    """Seconds until a group has its first figures, roughly: models made, run, and run again for their memory, beside empty processes."""
+def first_round_s(shape: str, group: str, options: argparse.Namespace, contexts: int, *, has_base: bool) -> float:
+    """Seconds until a group has its first figures, roughly: models made, run (on a GPU long enough for its counter of energy), and run again for their
+    memory, beside empty processes. ``has_base``: the bf16 weights are there."""
     ours, theirs, built = GROUPS[options.device][group]
     made = [
         *ours,
         *([] if theirs == "bf16" else [theirs]),
         *([built] if options.genai_python else []),
-        *(["bf16"] if group == next(iter(GROUPS["cuda"])) else []),
+        *([] if has_base else ["bf16"]),
     ]
     names = [f"torch {theirs}", *ours, *([f"builder {built}"] if options.genai_python else [])]
     one_round_s = sum(process_s(shape, name, options) for name in names)
-    return _MADE_PER_GB_S * sum(weights_gb(shape, scheme) for scheme in made) + 2 * one_round_s + 2 * contexts * _CONTEXT_S
+    energy_s = LEAST_S * len(names) * len(options.batch.split(",")) if options.device == "cuda" else 0.0
+    return _MADE_PER_GB_S * sum(weights_gb(shape, scheme) for scheme in made) + 2 * one_round_s + energy_s + 2 * contexts * _CONTEXT_S
 
 
 def process_s(shape: str, name: str, options: argparse.Namespace) -> float:

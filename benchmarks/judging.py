@@ -13,6 +13,8 @@ from typing import Any
 
 HEADS = ["what", "qlt", "peer", "ratio [95 %]", "wanted", "held?"]
 NOT_MEASURED = "not measured"
+#: A bootstrap of fewer pairs gives about the smallest and the largest of their ratios, which is no 95 % interval.
+FEWEST_PAIRS = 5
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,12 @@ def at_most(what: str, ours: str, theirs: str, value: float, bar: float) -> Clai
 
 
 def interval(found: Mapping[str, Any]) -> str:
-    low, high = found["ci95"]
-    return f"{found['median']:.2f} [{low:.2f}, {high:.2f}]" if found["median"] < 10 else f"{found['median']:.1f} [{low:.1f}, {high:.1f}]"
+    """A ratio with its interval. What only a few pairs of runs tell has their number beside it, and of one pair there is no interval."""
+    (low, high), pairs, digits = found["ci95"], found.get("pairs"), 2 if found["median"] < 10 else 1
+    if pairs == 1:
+        return f"{found['median']:.{digits}f} (one pair)"
+    few = f" ({pairs} pairs)" if pairs is not None and pairs < FEWEST_PAIRS else ""
+    return f"{found['median']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]{few}"
 
 
 def mb(value: float) -> str:

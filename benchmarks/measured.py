@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
@@ -144,7 +145,7 @@ def public_arguments() -> str:
     """This command's arguments without paths of this machine: where peers and scratch files lie is left out, of models the name stays."""
     words = sys.argv[1:]
     local = {number for number, word in enumerate(words) if word in ("--work", "--js") or word.endswith("-python")}
-    return " ".join(Path(word).name if "/" in word else word for number, word in enumerate(words) if not {number, number - 1} & local)
+    return shlex.join(Path(word).name if "/" in word else word for number, word in enumerate(words) if not {number, number - 1} & local)
 
 
 def write_result(name: str, command: str, content: dict) -> Path:

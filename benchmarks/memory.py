@@ -71,7 +71,10 @@ def rows_of(work: Path, shape: str, depth: int, names: list[str], peers: str | N
             if peers is None:
                 continue
             arguments = ["-m", base, "-o", out, "-p", "int4", "-e", "cpu", "-c", work / "cache"]
-            found = measure("onnxruntime_genai.models.builder", arguments, python=peers, cwd=work, limit_bytes=int(0.85 * machine()["memory_bytes"]))
+            room = int(0.85 * machine()["memory_bytes"])
+            found = measure("onnxruntime_genai.models.builder", arguments, python=peers, cwd=work, limit_bytes=room)
+            if found["returncode"] and (found["peak_bytes"] or 0) < room / 2:
+                raise SystemExit(f"the builder failed, and not for lack of memory:\n{found['stderr']}")
         else:
             found = measure("qlora_tools.cli", [word.format(base=base, adapter=adapter, out=out) for word in VERBS[name]] + ["-q"], cwd=work)
         size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) if out.exists() else None

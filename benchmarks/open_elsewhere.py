@@ -9,7 +9,7 @@ Encoders (BERT with a classification head, BERT alone, ViT) are exported the sam
 Optimum takes it as ``from_pretrained(folder)``, genai as ``og.Model(folder)``, transformers.js in Node as ``from_pretrained(name, {subfolder: "", dtype: "fp32"})`` (its
 ``dtype`` only picks the file's suffix, and ours has none).
 
-``--js`` is a folder with ``node_modules/@huggingface/transformers``; without it that row says so. The environments of the other two are made on first use. Writes
+``--js`` is a folder with ``node_modules/@huggingface/transformers``. What is not given is made on first use (``peers.py``); without Node that row says so. Writes
 ``benchmarks/results/open_elsewhere.json``: one row per folder and program, with the reason where it did not open. About 5 minutes.
 """
 
@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from graphs import open_ours
 from measured import public_arguments, write_result
-from peers import python_of, versions_of
+from peers import js_of, python_of, versions_of
 from synthetic import write_tokenizer
 
 from qlora_tools import api
@@ -158,21 +158,21 @@ def main() -> None:
     parser.add_argument("--js", type=Path, help="folder with node_modules/@huggingface/transformers")
     options = parser.parse_args()
     programs = {"genai": python_of("genai", options.genai_python), "optimum": python_of("optimum", options.optimum_python)}
-    rows: list[dict[str, Any]] = []
+    js, rows = js_of(options.js), list[dict[str, Any]]()
     with tempfile.TemporaryDirectory() as text:
         work = Path(text)
         for family in options.families.split(","):
             folder = work / family
-            made = encoder_rows(folder, family, programs) if family in ENCODERS else decoder_rows(make_decoder(folder, family), family, programs, options.js)
+            made = encoder_rows(folder, family, programs) if family in ENCODERS else decoder_rows(make_decoder(folder, family), family, programs, js)
             rows += shown(made)
             shutil.rmtree(folder, ignore_errors=True)
         if options.model:
-            rows += shown(decoder_rows(options.model.resolve(), options.model.name, programs, options.js, beside=work))
+            rows += shown(decoder_rows(options.model.resolve(), options.model.name, programs, js, beside=work))
     peer = {
         "genai": versions_of(programs["genai"], "onnxruntime-genai"),
         "optimum": versions_of(programs["optimum"], "optimum-onnx", "optimum", "transformers"),
     }
-    peer["transformers.js"] = js_versions(options.js)
+    peer["transformers.js"] = js_versions(js)
     print("wrote", write_result("open_elsewhere", f"python benchmarks/open_elsewhere.py {public_arguments()}", {"rows": rows, "peer": peer}))
 
 
@@ -305,7 +305,7 @@ def public(text: str) -> str:
 
 def run_js(js: Path | None, folders: list[Path], rest: list[Any]) -> list[dict[str, Any]]:
     if js is None or shutil.which("node") is None:
-        return [{"error": "not tried: needs node, and --js"}] * len(folders)
+        return [{"error": "not tried: there is no node"}] * len(folders)
     script = js.resolve() / "qlt_open.mjs"
     script.write_text(JAVASCRIPT)
     try:

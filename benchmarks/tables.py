@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from claims import MERGE_BARS, NF4_KL_SHARE, RESULTS, everything, gptq_room_bytes, headline, result, sizes
+from claims import AT_ITS_LIMIT, EXTRACT_KL, MERGE_BARS, NF4_KL_SHARE, REFINE_BARS, RESULTS, everything, gptq_room_bytes, headline, result, sizes
 from judging import HEADS, NOT_MEASURED, interval, mb, tally
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,15 +109,14 @@ def share(value: float) -> str:
 
 
 def distilled() -> Iterator[list[str]]:
-    bars = {"shakespeare-light": {"own": ">= 94 %", "self": ">= 90 %"}, "shakespeare-heavy": {"own": ">= 80 %"}}
     words = {"own": "in-domain text", "own, by block": "in-domain text, `--by-block`", "self": "its own text", "foreign": "foreign text"}
-    for pair in bars:
+    for pair, bars in REFINE_BARS.items():
         if not (found := result(f"refine_{pair}")):
             continue
         plain, *rows = found["rows"]
         for row in rows:
             what = f"{pair}, r={found['rank']} on NF4, `--refine {found['steps']}` on {words[row['text']]}, {row['seconds']:.0f} s: gain kept"
-            yield [what, f"{share(plain['gain'])} (SVD)", share(row["gain"]), bars[pair].get(row["text"], "")]
+            yield [what, f"{share(plain['gain'])} (SVD)", share(row["gain"]), f">= {100 * bars[row['text']]:.0f} %" if row["text"] in bars else ""]
 
 
 def weighted() -> Iterator[list[str]]:
@@ -125,7 +124,12 @@ def weighted() -> Iterator[list[str]]:
         rows = found["bases"]["bf16"]
         low, high = rows["fisher, spread, plain factors"]["kl"]["ci95"]
         ours = f"{rows['fisher, spread, plain factors']['kl']['value']:.5f} [{low:.5f}, {high:.5f}]"
-        yield [f"extract, r={found['rank']}, equal parameters, `--weight fisher`: KL to tuned", f"{rows['plain']['kl']['value']:.5f} (SVD)", ours, "<= 0.0008"]
+        yield [
+            f"extract, r={found['rank']}, equal parameters, `--weight fisher`: KL to tuned",
+            f"{rows['plain']['kl']['value']:.5f} (SVD)",
+            ours,
+            f"<= {EXTRACT_KL}",
+        ]
         ours = f"{rows['plain, spread']['kl']['value']:.5f}"
         yield ["… `--spread`, no text", "", ours, ""]
 
@@ -206,7 +210,7 @@ def memory() -> str:
 def peak_of(row: dict[str, Any] | None) -> str:
     if row is None or row["peak_bytes"] is None:
         return "-"
-    return f"{row['peak_bytes'] / 1e9:.2f} GB{' reached, then it failed' if row['returncode'] else ''}"
+    return f"{row['peak_bytes'] / 1e9:.2f} GB{AT_ITS_LIMIT if row['returncode'] else ''}"
 
 
 def training_memory() -> str:
@@ -240,16 +244,17 @@ def commands() -> str:
         "memory",
     )
     names += ("refine_shakespeare-light", "refine_shakespeare-heavy", "extract_weighted", "merge", "nf4_search", "quantize_calibrated", "gptq_speed")
-    names += ("export_calibrated",)
-    found = [item["command"] for name in names if (item := result(name))]
+    names += ("export_calibrated", "adapters_kept")
+    found = [item["command"].strip() for name in names if (item := result(name))]
     machine = next(item["machine"] for name in names if (item := result(name)))
-    return "Made by " + ", ".join(f"`{command}`" for command in found) + f" on {machine['cores']} cores of an {machine['cpu']}."
+    listed = "\n".join(f"* `{command}`" for command in found)
+    return f"<details><summary>The commands that made these tables, on {machine['cores']} cores of an {machine['cpu']}</summary>\n\n{listed}\n\n</details>"
 
 
 def chain() -> str:
-    """The demo's own table, as ``qlt demo`` wrote it."""
+    """The demo's own table and its remarks, as ``qlt demo`` wrote them."""
     path = RESULTS / "demo.md"
-    return path.read_text(encoding="utf-8").split("\n\n")[0] if path.exists() else NOT_MEASURED
+    return path.read_text(encoding="utf-8").strip() if path.exists() else NOT_MEASURED
 
 
 def estimates() -> str:
@@ -274,10 +279,14 @@ def published() -> str:
     if not (found := result("estimate_published")):
         return NOT_MEASURED
     rows = [
-        [row["model"], row["about"], f"{row['nbytes'] / 1e9:.2f} GB", "" if row["ours_bytes"] is None else f"{row['ours_bytes'] / 1e9:.2f} GB", row["source"]]
+        [row["model"], row["about"], large(row["nbytes"]), "" if row["ours_bytes"] is None else large(row["ours_bytes"]), row["source"]]
         for row in sorted(found["rows"], key=lambda row: (row["model"], row["nbytes"]))
     ]
     return table(["model", "what", "published", "our estimate", "source"], rows)
+
+
+def large(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else mb(nbytes)
 
 
 def resnet() -> str:
@@ -301,7 +310,7 @@ SHOWN = {
     "estimate_published": "published",
     "export_calibrated": "kept, side-by-side",
     "export_vs_genai": "peers, cells, side-by-side",
-    "export_vs_genai_tied": "no table: an earlier run of one size with tied embeddings",
+    "export_vs_genai_tied": "no table: one size with tied embeddings, where the head is the embedding's table",
     "export_vs_olive": "side-by-side",
     "export_vs_optimum": "peers, cells, side-by-side",
     "extract_vs_mergekit": "peers, side-by-side",

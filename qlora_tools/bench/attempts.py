@@ -10,6 +10,7 @@ from typing import Any
 from qlora_tools.bench.accelerator import Accelerator, device_of
 from qlora_tools.bench.device.energy import LEAST_S, energy_j
 from qlora_tools.bench.launch import run_worker
+from qlora_tools.bench.plain import to_plain
 from qlora_tools.bench.record import Attempt, Case, Quality, Setting, Workload
 from qlora_tools.bench.worker import CONTEXT, DEVICE_MEMORY, LATENCY
 
@@ -61,6 +62,7 @@ def measure_lean(
 def measure_context(setting: Setting, *, threads: int, timeout_s: float, accelerator: Accelerator) -> Attempt:
     """What the setting's runtime takes of the device before any model is there."""
     job = {"job": CONTEXT, **_asked(setting, threads, accelerator), "context": accelerator.instruments.context}
+    job["options"] |= {"device": "cuda"}  # an operator alone has no device of its own to choose
     outcome, device = _run(setting, job, timeout_s, accelerator)
     return _attempt(0, outcome, setting, device)
 
@@ -79,7 +81,7 @@ def judge_once(
     environment = {**(reference_accelerator.environment() if reference_accelerator else {}), **_environment(setting, accelerator)}
     outcome = run_worker(job, timeout_s=task.timeout_s, environment=environment)
     reason = without_folder_names(without_folder_names(outcome["reason"], setting), task.reference)
-    return Quality(setting.id, task.reference.id, outcome["status"], reason, outcome.get("figures", {}))
+    return Quality(setting.id, task.reference.id, outcome["status"], reason, to_plain(outcome.get("figures", {})))
 
 
 def without_folders(setting: Setting) -> Setting:

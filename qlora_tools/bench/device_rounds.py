@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
@@ -28,7 +28,7 @@ class DeviceRounds:
     limits: bool
     contexts: int
     journal: Journal
-    _contexts: dict[tuple[str, str], list[Mapping[str, Any]]] = field(default_factory=dict)
+    _contexts: dict[tuple[str, str], list[Attempt]] = field(default_factory=dict)
 
     def measured(self, setting: Setting, row: Row, accelerator: Accelerator) -> Row:
         """The row with its ``device_memory``."""
@@ -56,18 +56,17 @@ class DeviceRounds:
 
         return self.journal.once(key, Attempt, measure)
 
-    def _context(self, setting: Setting, accelerator: Accelerator) -> list[Mapping[str, Any]]:
+    def _context(self, setting: Setting, accelerator: Accelerator) -> list[Attempt]:
         key = (setting.engine, accelerator.uuid)
         if key not in self._contexts:
-            self._contexts[key] = []
-            for number in range(self.contexts):
-                attempt = self.journal.once(
+            self._contexts[key] = [
+                self.journal.once(
                     ["context", *key, number],
                     Attempt,
                     lambda: measure_context(setting, threads=self.threads, timeout_s=self.timeout_s, accelerator=accelerator),
                 )
-                if attempt.status == "ok":
-                    self._contexts[key].append(attempt.device)
+                for number in range(self.contexts)
+            ]
         return self._contexts[key]
 
     def _limit(self, setting: Setting, row: Row, accelerator: Accelerator, lean: Sequence[Attempt]) -> LimitSearch:

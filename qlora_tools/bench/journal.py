@@ -76,7 +76,11 @@ class Journal:
 
 def plan_of(settings: Sequence[Setting], **parts: Any) -> dict[str, Any]:
     """What must be the same for two parts of a run to belong together: each setting with its files, and ``parts`` by name."""
-    listed = {f"setting `{setting.id}`": {**to_plain(setting), "files": _edges(setting.path)} for setting in settings}
+    listed = {
+        # why one cannot run may be worded otherwise the next time, with the bytes that were free for instance
+        f"setting `{setting.id}`": {**to_plain(setting), "unavailable": setting.unavailable is not None, "files": _edges(setting.path)}
+        for setting in settings
+    }
     return {**listed, "order of settings": [setting.id for setting in settings], **{name.replace("_", " "): to_plain(part) for name, part in parts.items()}}
 
 

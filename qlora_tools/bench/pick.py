@@ -65,7 +65,9 @@ METRICS: Mapping[str, Metric] = {
         Metric("file", "bytes", lambda record, row: row.file_bytes, "file_bytes"),
         Metric("weights", "bytes", lambda record, row: row.weights_bytes, "weights_bytes"),
         Metric("peak", "bytes", lambda record, row: row.memory.peak_bytes if row.memory else None, "memory"),
-        Metric("vram", "bytes", lambda record, row: row.device_memory.as_deployed_peak_bytes if row.device_memory else None, "device_memory"),
+        Metric(
+            "vram", "bytes", lambda record, row: row.device_memory.as_deployed_peak_bytes if row.device_memory else None, "device_memory.as_deployed_peak_bytes"
+        ),
         Metric("load", "seconds", _median("load")),
         Metric("prefill", "seconds", _median("prefill")),
         Metric("decode", "seconds", _median("decode")),

@@ -33,7 +33,7 @@ def summarise_row(setting: Setting, case: Case, attempts: Sequence[Attempt]) -> 
     memory, missing = summarise_memory(good)
     stalls = [attempt.cpu_stall for attempt in good if attempt.cpu_stall is not None]
     times, untimed = _times(case, good)
-    energy_j, without = summarise_energy(good)
+    energy_j, without = summarise_energy([attempt for attempt in attempts if attempt.status == "ok"])
     return Row(
         setting=setting.id,
         case=case,

@@ -43,6 +43,7 @@ def run_bench(
     stall_limit: float = STALL_LIMIT,
     journal: Path | None = None,
     instruments: Instruments | None = None,
+    accelerators: Accelerators | None = None,
     command: Sequence[str] = (),
     title: str = "Benchmark",
     progress: Progress = SILENT,
@@ -52,13 +53,14 @@ def run_bench(
     ``limits``: also look for the least memory of an accelerator under which each case runs, which takes many processes. ``contexts``: empty processes per
     engine and accelerator. ``energy_s``: how long each case works on in the first round so that an accelerator's counter of energy is worth reading; 0 leaves
     it out. ``stall_limit``: the share of an attempt in which tasks may wait for a CPU before it is taken once more. ``journal``: a file that keeps what is finished; the same benchmark
-    called again goes on from it. It is left there: who has stored the record removes it.
+    called again goes on from it. It is left there: who has stored the record removes it. ``accelerators``: of the settings and the reference, where
+    they were looked at before; opened now without.
 
     Raises:
         UsageError: no settings, two with one id, or a count below 1. IncompatibleError: the journal is of another benchmark.
     """
     _check(settings, rounds, threads, timeout_s, stall_limit)
-    accelerators = Accelerators([*settings, *([quality.reference] if quality else [])], instruments or Instruments())
+    accelerators = accelerators or Accelerators([*settings, *([quality.reference] if quality else [])], instruments or Instruments())
     plan = plan_of(
         settings,
         workload=workload,
@@ -158,7 +160,7 @@ class _Run:
         def measure() -> Attempt:
             _read_ahead(setting)
             accelerator = self.accelerators.of(setting)
-            energy_s = self.energy_s if number == 0 and not is_extra else 0.0
+            energy_s = self.energy_s if number == 0 else 0.0
             return measure_once(
                 setting, self.workload, case, number, threads=self.threads, timeout_s=self.timeout_s, accelerator=accelerator, energy_s=energy_s
             )

@@ -54,7 +54,7 @@ Examples:
 
 Exit codes: 0 done, 1 a check failed, 2 usage, 3 inputs do not fit together, 4 corrupt input,
 5 disk, 6 NaN or infinity, 7 output exists, 8 unsupported, 9 missing input, 10 out of memory,
-130 interrupted.
+70 a bug, 130 interrupted, 143 terminated.
 QLT_DEBUG=1 shows tracebacks.
 """
 
@@ -136,7 +136,7 @@ def explain(error: BaseException) -> tuple[str, str | None, int]:
     if isinstance(error, QltError):
         return " ".join([str(error), *(f"({note})" for note in getattr(error, "__notes__", ()))]), error.hint, error.exit_code
     if isinstance(error, MemoryError):
-        return "out of memory", "close other programs, or use a smaller model", 5
+        return "out of memory", "close other programs, or use a smaller model", 10
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EIO):
         return str(error), "check the disk and its permissions", 5
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))

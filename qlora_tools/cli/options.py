@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -64,26 +66,69 @@ class Shared:
             self.screen.remark(f"using {' and '.join(picked)}")
         return base, adapters
 
+    def report(self, result: Any) -> None:
+        """Write ``result`` as JSON where ``-o`` says, of a verb that makes no folder.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        if self.output is not None and not self.dry_run:
+            from qlora_tools.checkpoint.folder import replace_file
+            from qlora_tools.cli.main import as_plain
+
+            replace_file(self.output, f"{json.dumps(as_plain(result), indent=2, sort_keys=True)}\n".encode())
+
     def written(self, output: Path, seconds: float) -> str:
         """The last line of a verb that writes a folder."""
         return f"dry run: would write {self.session.relative(output)}" if self.dry_run else f"wrote {self.session.relative(output)} in {seconds:.1f} s"
 
 
-def shared(function: F) -> F:
-    """``-o --force --device --json --dry-run -q``; the command gets one :class:`Shared` as its first argument."""
+def sharing(metavar: str, output_help: str, check: Callable[[Path, bool], None] | None = None) -> Callable[[F], F]:
+    """``-o --force --device --json --dry-run -q`` as a decorator; the command gets one :class:`Shared` as its first argument. ``check``: of the output and
+    ``--force``, before anything is done."""
 
-    @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="Where to write. Default: a name made of inputs and setting.")
-    @click.option("--force", is_flag=True, help="Replace an output that qlt made before.")
-    @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to compute.")
-    @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
-    @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
-    @click.option("-q", "--quiet", is_flag=True, help="No progress, no remarks.")
-    @functools.wraps(function)
-    def command(*args: Any, output: Path | None, force: bool, device: str, as_json: bool, dry_run: bool, quiet: bool, **kwargs: Any) -> Any:
-        screen = Screen(as_json=as_json, quiet=quiet)
-        return function(Shared(output, force, device, dry_run, screen, Session(Path.cwd())), *args, **kwargs)
+    def decorate(function: F) -> F:
+        @click.option("-o", "--output", type=click.Path(path_type=Path), metavar=metavar, help=output_help)
+        @click.option("--force", is_flag=True, help="Replace an output that qlt made before.")
+        @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to compute.")
+        @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+        @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
+        @click.option("-q", "--quiet", is_flag=True, help="No progress, no remarks.")
+        @functools.wraps(function)
+        def command(*args: Any, output: Path | None, force: bool, device: str, as_json: bool, dry_run: bool, quiet: bool, **kwargs: Any) -> Any:
+            if check is not None and output is not None:
+                check(output, force)
+            screen = Screen(as_json=as_json, quiet=quiet)
+            return function(Shared(output, force, device, dry_run, screen, Session(Path.cwd())), *args, **kwargs)
 
-    return command  # type: ignore[return-value]
+        return command  # type: ignore[return-value]
+
+    return decorate
+
+
+def check_report(path: Path, force: bool) -> None:
+    """Refuse a file that is there, unless it holds a JSON object that may be replaced.
+
+    Raises:
+        OutputExistsError: it is not to be written over.
+    """
+    from qlora_tools.errors import OutputExistsError
+
+    if not os.path.lexists(path):
+        return
+    if not force:
+        raise OutputExistsError(f"{path} is already there", hint="choose another file with -o, or replace it with --force")
+    try:
+        ours = isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        ours = False
+    if not ours:
+        raise OutputExistsError(f"{path} holds no result of qlt, so --force does not replace it", hint="remove it yourself, or choose another file with -o")
+
+
+#: For verbs that make a folder, and for those whose result is what they print.
+shared = sharing("DIR", "Where to write. Default: a name made of inputs and setting.")
+reporting = sharing("FILE", "Also write the result there, as JSON.", check_report)
 
 
 class Headed(click.Option):

@@ -1,4 +1,4 @@
-"""The working folder's memory: ``.qlt/last.json`` holds the last base, adapter, text, exports and interrupted run.
+"""The working folder's memory: ``.qlt/last.json`` holds the last base, adapter, exports and interrupted run.
 
 It lets ``qlt export --merge --int8`` follow ``qlt extract ...`` without repeating paths. It is a convenience,
 never a dependency: a missing or unreadable file means an empty memory, and flags override it.
@@ -13,7 +13,7 @@ from typing import Any
 
 from qlora_tools.errors import UsageError
 
-_FIELDS = ("base", "tuned", "adapters", "model", "text", "exports", "run")
+_FIELDS = ("base", "tuned", "adapters", "model", "exports", "run")
 
 
 class Session:

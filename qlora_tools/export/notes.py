@@ -15,11 +15,10 @@ from qlora_tools.export.decoder.layout import Layout
 from qlora_tools.export.decoder.matrices import Matrix, Mixture
 from qlora_tools.export.formats.blocks import Blocks
 from qlora_tools.export.formats.dense import Dense
-from qlora_tools.export.schemes import Scheme
+from qlora_tools.export.schemes import CUDA_COLUMNS, Scheme
 from qlora_tools.names import shortened
 
 _DECIDING = ("router", "shared_scale")
-_CUDA_BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -49,14 +48,14 @@ def decoder_notes(layout: Layout, scheme: Scheme) -> list[str]:
     tied = layout.head is layout.embedding
     weights = (Carried(_kind(matrix, tied=tied), matrix.format.carried, matrix.total_rows * matrix.columns, matrix.name) for matrix in matrices)
     notes = list(carried_otherwise(weights, scheme))
-    apart = [index for index, layer in enumerate(layout.layers) if isinstance(layer.feed, Mixture) and not layer.feed.experts[0].down.joint]
+    apart = [index for index, layer in enumerate(layout.layers) if isinstance(layer.feed, Mixture) and not layer.feed.together]
     if apart:
         reason = "plain ONNX has no node for all of them" if scheme.target.standard else "no node for all of them takes their sizes, or their activation"
         notes.append(f"the experts of {len(apart)} layers are multiplied one by one, which is slower: {reason}")
     slow = {matrix.columns for matrix in matrices if _misses_tensor_cores(matrix, scheme)}
     if slow:
         columns = ", ".join(map(str, sorted(slow)))
-        notes.append(f"matrices with {columns} inputs miss CUDA's fast kernels, which take whole blocks of {_CUDA_BLOCK}: they are slower than fp16")
+        notes.append(f"matrices with {columns} inputs miss CUDA's fast kernels, which take {CUDA_COLUMNS} of them at a time: they are slower than fp16")
     return notes
 
 
@@ -93,7 +92,7 @@ def _kind(matrix: Matrix, *, tied: bool) -> str:
 
 def _misses_tensor_cores(matrix: Matrix, scheme: Scheme) -> bool:
     form = matrix.format
-    return scheme.target.provider == "cuda" and not scheme.target.standard and isinstance(form, Blocks) and bool(matrix.columns % form.block)
+    return scheme.target.provider == "cuda" and not scheme.target.standard and isinstance(form, Blocks) and bool(matrix.columns % CUDA_COLUMNS)
 
 
 def joined(*notes: str | None) -> str | None:

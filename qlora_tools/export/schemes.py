@@ -26,6 +26,7 @@ from qlora_tools.errors import UnsupportedError, UsageError
 from qlora_tools.export.formats.blocks import Blocks
 from qlora_tools.export.formats.dense import Dense
 from qlora_tools.export.formats.digits import Digits
+from qlora_tools.export.formats.experts import CUDA_BLOCK
 from qlora_tools.export.formats.format import WeightFormat
 from qlora_tools.export.formats.normal_floats import NormalFloats
 from qlora_tools.export.formats.standard_blocks import StandardBlocks
@@ -39,8 +40,8 @@ SMALL = 1 << 18
 _BLOCK = 32
 #: Rows that CUDA's mixed-precision kernels want a multiple of, by bits.
 _CUDA_ROWS = {4: 64, 8: 32}
-#: Columns that CUDA's kernels for experts want in a block.
-_CUDA_EXPERT_BLOCK = 64
+#: Columns that the same kernels take at a time.
+CUDA_COLUMNS = 64
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ class Scheme:
         if self.dense or self.target.standard:
             return self.linear("expert", 0, columns[0])
         if self.target.provider == "cuda":
-            whole = all(size % _CUDA_EXPERT_BLOCK == 0 for size in columns)
-            return Blocks(self._bits, _CUDA_EXPERT_BLOCK if whole else _BLOCK, compute=self.target.compute)
+            whole = all(size % CUDA_BLOCK == 0 for size in columns)
+            return Blocks(self._bits, CUDA_BLOCK if whole else _cuda_block(*columns), compute=self.target.compute)
         return Blocks(self._bits, zeros=self._bits == 8)
 
     def table(self, dtype: str) -> WeightFormat:
@@ -113,7 +114,13 @@ class Scheme:
         compute = self.target.compute
         if self.carried == "nf4" and role != "head" and NormalFloats.fits(columns):
             return NormalFloats(compute)
-        return Blocks(bits, _BLOCK, compute=compute, multiple=_CUDA_ROWS[bits] if columns % _BLOCK == 0 else 1)
+        return Blocks(bits, _cuda_block(columns), compute=compute, multiple=_CUDA_ROWS[bits] if columns % CUDA_COLUMNS == 0 else 1)
+
+
+def _cuda_block(*columns: int) -> int:
+    """32; 16 where that divides columns that are no multiple of 64. ONNX Runtime gives every matrix of whole blocks of 32 to its mixed-precision kernels, and
+    their layout holds 64 columns at a time: others fail at prompts and come out wrong at single steps (``CheckFpAIntBEligibility`` in matmul_nbits.cc)."""
+    return _BLOCK // 2 if any(size % CUDA_COLUMNS and size % _BLOCK == 0 for size in columns) else _BLOCK
 
 
 def target_for(scheme: str, provider: str, *, compute: str | None = None, standard: bool = False) -> Target:

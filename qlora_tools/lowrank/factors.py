@@ -53,6 +53,10 @@ class LowRank:
         """Both factors rounded to ``dtype``."""
         return LowRank(self.a_RI.to(dtype), self.b_OR.to(dtype), self.singular_values)
 
+    def cpu(self) -> LowRank:
+        """The same in the host's memory."""
+        return LowRank(self.a_RI.cpu(), self.b_OR.cpu(), None if self.singular_values is None else self.singular_values.cpu())
+
 
 def balanced(u_OR: torch.Tensor, sv_RI: torch.Tensor) -> LowRank:
     """Factors ``u sqrt(s)`` and ``sv / sqrt(s)`` from left vectors and *scaled* right vectors ``sv = diag(s) v^T``.

@@ -6,6 +6,7 @@ Works on the stored records of :mod:`~qlora_tools.quality.probe`, so a benchmark
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,8 +53,8 @@ def _plain(result: Comparison) -> dict[str, Any]:
 def with_retention(records: Records, base: str) -> dict[str, dict[str, Any]]:
     """The records with ``retention`` and its interval added, where ``base`` is the untuned model and the reference of all is the tuned one.
 
-    The base itself keeps nothing, by definition. Where the fine-tune gained nothing on this text, ``retention`` is ``None``. It is a share of perplexity's
-    gain: records of models that look once stay as they are.
+    The base itself keeps nothing, by definition. Where the fine-tune gained nothing on this text, or a perplexity is beyond all numbers, ``retention`` is
+    ``None``. It is a share of perplexity's gain: records of models that look once stay as they are.
     """
     if any(is_outputs(record) for record in records.values()):
         return {name: dict(record) for name, record in records.items()}
@@ -61,7 +62,8 @@ def with_retention(records: Records, base: str) -> dict[str, dict[str, Any]]:
     found = {}
     for name, record in records.items():
         judged = divergence_of(record)
-        share = retention(untuned.ppl_candidate, judged.ppl_reference, judged.ppl_candidate)
+        perplexities = untuned.ppl_candidate, judged.ppl_reference, judged.ppl_candidate
+        share = retention(*perplexities) if all(value is not None and math.isfinite(value) for value in perplexities) else None
         interval = None
         if share is not None:
             interval = retention_interval(untuned.windows.nll_candidate, judged.windows.nll_reference, judged.windows.nll_candidate).bounds

@@ -144,14 +144,16 @@ def half_steps_square(codec: Codec, dense: torch.Tensor) -> float:
     From the largest magnitude of each block or row, as stock encoding takes it; 0 for a codec that is not known here.
     """
     if isinstance(codec, NF4):
-        values_N = dense.reshape(-1).float()
-        padded = torch.nn.functional.pad(values_N, (0, -len(values_N) % codec.block_size))
-        blocks, span = padded.view(-1, codec.block_size), 2 / (len(NF4_LEVELS) - 1)
+        values_N = dense.reshape(-1)
+        if missing := -len(values_N) % codec.block_size:
+            values_N = torch.nn.functional.pad(values_N, (0, missing))
+        blocks, span = values_N.view(-1, codec.block_size), 2 / (len(NF4_LEVELS) - 1)
     elif isinstance(codec, Int8):
-        blocks, span = dense.flatten(1).float(), 1 / INT8_LIMIT
+        blocks, span = dense.flatten(1), 1 / INT8_LIMIT
     else:
         return 0.0
-    return float((blocks.abs().amax(1).double() * span / 2).square().sum()) * blocks.shape[1]
+    lowest, highest = blocks.aminmax(dim=1)  # no copy of the weight, as of its magnitudes there would be
+    return float((torch.maximum(highest, -lowest).double() * span / 2).square().sum()) * blocks.shape[1]
 
 
 def can_keep(codec: Codec | None) -> bool:

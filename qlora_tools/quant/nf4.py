@@ -110,9 +110,9 @@ class NF4:
     def scales(self, spec: TensorSpec, absmax_B: torch.Tensor) -> Scales:
         """The fp32 [blocks] ``absmax_B``, of either sign, as this codec stores them: double quantization done."""
         level_map = torch.from_numpy(NF4_LEVELS.copy())
+        absmax_B = absmax_B.cpu()  # few values, and tables that live there
         if not self.double_quant:
             return Scales(self._state(spec), {"absmax": absmax_B, "quant_map": level_map})
-        absmax_B = absmax_B.cpu()  # few values, and tables that live there
         mean = absmax_B.mean()
         codes, nested = quantize_dynamic(absmax_B - mean)
         parts = {"absmax": codes, "quant_map": level_map, "nested_absmax": nested, "nested_quant_map": dynamic_map().clone()}

@@ -111,7 +111,7 @@ class OnGrid:
         if not self.simulated:
             return dict(zip(stored.parts, read, strict=True))
         dense = read[0].T.contiguous() if self.inputs_first(stored.spec.name) else read[0]
-        return stored.codec.encode(stored.spec, dense)
+        return {name: part.to(dense.device) for name, part in stored.codec.encode(stored.spec, dense).items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,13 +208,14 @@ def store_unit(
 
 
 def lost_branch(name: str, lost: torch.Tensor, rank: int, moments_II: torch.Tensor | None) -> LowRank:
-    """The matrix of rank ``rank`` that brings back most of ``lost`` [O, I...]: of its outputs where moments are given, else of its entries."""
+    """The matrix of rank ``rank`` that brings back most of ``lost`` [O, I...]: of its outputs where moments are given, else of its entries. Its factors are on the
+    CPU: they wait for the whole merge."""
     lost_OI = lost.flatten(1)
     rank = min(rank, *lost_OI.shape)
     root = None if moments_II is None else square_root(moments_II)
     if root is None:
-        return truncated_svd(lost_OI, rank, seed=seed_of(name)).factors
-    return weighted_svd(lost_OI, Metric(root, None), rank, seed=seed_of(name)).factors
+        return truncated_svd(lost_OI, rank, seed=seed_of(name)).factors.cpu()
+    return weighted_svd(lost_OI, Metric(root, None), rank, seed=seed_of(name)).factors.cpu()
 
 
 def stored_as(codec: Codec, spec: TensorSpec) -> Stored:

@@ -114,7 +114,7 @@ def encode_unit(codec: Codec, spec: TensorSpec, family: Family, *, decoded: bool
         back = codec.decode(stored, parts)
         tensors = {spec.name: back.T.contiguous() if turn else back} if decoded else parts
         stored_bytes = sum(tensor.nbytes for tensor in tensors.values())
-        return Outcome(tensors, QuantizeReport(stored.name, relative_error(back, dense), stored.nbytes, stored_bytes))
+        return Outcome(tensors, QuantizeReport(stored.name, relative_error(back.to(dense.device), dense), stored.nbytes, stored_bytes))
 
     writes = (Write(spec.name),) if decoded else tuple(Write(part.name) for part in codec.part_specs(stored))
     return Unit(f"{codec.name} {stored.name}", (Read("model", stored.name),), writes, apply)

@@ -25,7 +25,7 @@ from qlora_tools.progress import SILENT, Progress
 from qlora_tools.training import events
 from qlora_tools.training.config import TrainConfig
 from qlora_tools.training.loss import Loss
-from qlora_tools.training.optimizers import Masters, export_state, import_state, make_optimizer, rate_factor, set_rate
+from qlora_tools.training.optimizers import Masters, at_home, export_state, import_state, make_optimizer, rate_factor, set_rate
 from qlora_tools.training.order import batches
 from qlora_tools.training.ranks import growth, pad_state, widen
 from qlora_tools.training.rows import Batch, Indices, Rows
@@ -192,7 +192,10 @@ def grow(run: Run) -> None:
             value[tuple(slice(0, extent) for extent in before.shape)] = before
     for name, state in states.items():
         if state:
-            run.optimizer.state[run.masters.values[name]] = pad_state(state, run.masters.values[name].shape)
+            value = run.masters.values[name]
+            padded = pad_state(state, value.shape)
+            resized = {entry: at_home(run.optimizer, value, found) for entry, found in padded.items() if getattr(found, "shape", None) == value.shape}
+            run.optimizer.state[value] = padded | resized
 
 
 def _widen(run: Run, rank: int) -> None:

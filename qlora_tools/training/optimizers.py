@@ -144,13 +144,22 @@ def export_state(optimizer: torch.optim.Optimizer, names: Iterable[str], masters
     return tensors, plain
 
 
+def at_home(optimizer: torch.optim.Optimizer, value: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of ``tensor``, of the state of ``value``, where the optimizer keeps such: on the device, or in bitsandbytes' managed memory."""
+    if not (getattr(optimizer, "is_paged", False) and value.is_cuda and tensor.shape == value.shape):
+        return tensor.to(value.device, copy=True)
+    room: torch.Tensor = optimizer.get_state_buffer(value, dtype=tensor.dtype)  # type: ignore[attr-defined]
+    torch.cuda.synchronize(value.device)  # the room is filled with zeros over there, and looks like the host's
+    return room.copy_(tensor)
+
+
 def import_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], plain: Mapping[str, Mapping[str, Any]], masters: Masters) -> None:
     """The inverse of :func:`export_state`. Tensors go to their master's device, but counters only where torch's kernel counts there."""
     found: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, entry = key.rpartition("/")
         counts_elsewhere = tensor.ndim == 0 and not optimizer.defaults.get("fused")
-        found.setdefault(name, {})[entry] = tensor.clone() if counts_elsewhere else tensor.to(masters.values[name].device, copy=True)
+        found.setdefault(name, {})[entry] = tensor.clone() if counts_elsewhere else at_home(optimizer, masters.values[name], tensor)
     for name, value in masters.values.items():
         if name in found or name in plain:
             optimizer.state[value] = {**found.get(name, {}), **plain.get(name, {})}

@@ -81,7 +81,7 @@ def _row(path: str, number: int, inputs: tuple[int, ...], seed: int) -> torch.Te
 
 
 def pad_state(state: Mapping[str, Any], shape: Iterable[int]) -> dict[str, Any]:
-    """The optimizer's state of a parameter that grew to ``shape``; entries that have no value per element stay as they are.
+    """The optimizer's state of a parameter that grew to ``shape``; entries that have no value per element stay as they are, paged ones come to the device.
 
     Known: torch's AdamW, and the 32-bit and 8-bit states of bitsandbytes.
     """
@@ -92,11 +92,20 @@ def pad_state(state: Mapping[str, Any], shape: Iterable[int]) -> dict[str, Any]:
     for entry, value in state.items():
         if not isinstance(value, torch.Tensor) or value.ndim != len(new) or tuple(value.shape) == new:
             continue
+        value = _on_device(value)
         if value.dtype == torch.uint8:
-            padded |= _padded_8bit(state, entry, new)
+            padded |= _padded_8bit({**state, entry: value}, entry, new)
         else:
             padded[entry] = _padded(value, new, float(value.float().mean()) if entry in _SQUARES else 0.0)
     return padded
+
+
+def _on_device(value: torch.Tensor) -> torch.Tensor:
+    """bitsandbytes' paged states lie in managed memory, which looks like the host's."""
+    if not getattr(value, "is_paged", False):
+        return value
+    torch.cuda.synchronize(value.page_deviceid)  # type: ignore[attr-defined]
+    return value.to(torch.device("cuda", value.page_deviceid))  # type: ignore[attr-defined]
 
 
 def _padded(value: torch.Tensor, shape: tuple[int, ...], filling: float) -> torch.Tensor:

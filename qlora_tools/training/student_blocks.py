@@ -97,7 +97,7 @@ class Student(Weights):
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
             a_RI, b_OR = self.factors[path]
             x = args[0]
-            return output + functional.linear(functional.linear(x, a_RI.to(x.dtype)), b_OR.to(x.dtype)) * scale
+            return output + functional.linear(functional.linear(x, a_RI.to(x)), b_OR.to(x)) * scale  # those of a resumed run come from a file
 
         return hook
 

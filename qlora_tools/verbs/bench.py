@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qlora_tools.bench.accelerator import Accelerators, Instruments
 from qlora_tools.bench.attempts import QualityTask
 from qlora_tools.bench.compare import MARGIN, Compared
 from qlora_tools.bench.pick import Picked, parse_wishes
@@ -110,6 +111,7 @@ def bench(
     names, plan = tuple(item.setting.id for item in found.planned), found.described(chosen, rounds)
     if dry_run:
         return BenchResult(dest, True, names, found.reference.setting.id if found.reference else None, plan, found.skipped, None)
+    accelerators = Accelerators([item.setting for item in found.everything], Instruments())  # before exports hold a device themselves
     found = found.made()
     task, ids, notes = _judging(found, quality, text, labels, quality_tokens, context)
     chosen = replace(chosen, ids=tuple(ids[: chosen.longest])) if ids and chosen.ids is None else chosen
@@ -122,6 +124,7 @@ def bench(
             timeout_s=timeout_s,
             quality=task,
             limits=limits,
+            accelerators=accelerators,
             journal=journal,
             command=command,
             title=title,

@@ -138,10 +138,10 @@ def line_up(
         raise UsageError(f"adapters are put on one base, and {len(checkpoints)} checkpoints were given", hint="give the base alone")
     subjects = [Subject(name, adapters, place, progress=progress) for name in checkpoints] if names else []
     as_they_are = [folder for name, folder in folders if is_export(folder) or not names]
-    planned = [*as_is(as_they_are, device), *(found for subject in subjects for found in subject.plan(names))]
+    planned = [*as_is(as_they_are, place), *(found for subject in subjects for found in subject.plan(names))]
     before = subjects[0].untuned() if adapters else None
     unique = _labelled(_once([*planned, *([before] if before is not None else [])]), alone=len(subjects) == 1 and not as_they_are)
-    judge = _judge(reference, unique, subjects, device) if judged else None
+    judge = _judge(reference, unique, subjects, place) if judged else None
     return LineUp(tuple(unique), judge, _untuned(untuned, before, unique), skipped)
 
 
@@ -180,10 +180,12 @@ def _folders(models: Sequence[str | Path]) -> tuple[list[tuple[str | Path, Path]
 
 
 def _device(device: str, folders: Sequence[tuple[str | Path, Path]]) -> str:
-    """``auto``: a GPU where there is one, unless all there is to measure are exports, which know their device."""
+    """``auto``: a GPU where there is one; where all there is to measure are exports, theirs."""
     if device != "auto":
         return device
-    return "cpu" if all(is_export(folder) for _, folder in folders) else resolve_device(device)
+    if not all(is_export(folder) for _, folder in folders):
+        return resolve_device(device)
+    return "cuda" if any(engine_of(folder)[1]["device"] == "cuda" for _, folder in folders) else "cpu"
 
 
 def as_is(folders: Sequence[Path], device: str) -> list[Planned]:

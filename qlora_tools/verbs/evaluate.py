@@ -210,13 +210,20 @@ def engine_of(folder: Path, device: str = "auto") -> tuple[str, dict[str, Any]]:
     looks = _work_of(folder) == FORWARD
     if is_export(folder):
         manifest = read_manifest(folder)
-        made_for = manifest.command.get("device", "cpu") if manifest else "cpu"
+        made_for = manifest.command.get("device", "cpu") if manifest else _described_device(folder)
         return ONNX_FORWARD if looks else ONNX_ENGINE, {"folder": str(folder), "device": made_for}
     if not (folder / "config.json").exists():
         raise MissingError(f"{folder} is neither a checkpoint nor an export", hint="run `qlt inspect` on it")
     quantized = "quantization_config" in read_json(folder / "config.json")
     options = {"path": str(folder), "dtype": "stored" if quantized else "fp32", "device": "cpu" if device == "auto" else device}
     return TORCH_FORWARD if looks else TORCH_ENGINE, options
+
+
+def _described_device(folder: Path) -> str:
+    """What a graph of another tool says that it was made for."""
+    from qlora_tools.export.runtime.description import describe  # brings the runtime with it
+
+    return describe(folder).device
 
 
 def task_of(folder: Path) -> str | None:

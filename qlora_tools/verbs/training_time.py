@@ -86,7 +86,7 @@ def _seconds_per_flop(dtype: torch.dtype, device: str, rows: int) -> float:
 def _seconds_per_weight(codec: Codec, dtype: torch.dtype, device: str) -> float:
     weight = torch.linspace(-1, 1, _SIDE * _SIDE, device=device).view(_SIDE, _SIDE).to(dtype)
     spec = TensorSpec("sample.weight", dtype_of(dtype).name, (_SIDE, _SIDE))
-    return _seconds(StoredWeight(codec, spec, codec.encode(spec, weight)).dense, device) / weight.numel()
+    return _seconds(StoredWeight(codec, spec, codec.encode(spec, weight)).to(device).dense, device) / weight.numel()
 
 
 def _seconds(work: Callable[[], torch.Tensor], device: str) -> float:

@@ -113,6 +113,11 @@ def test_a_model_made_again_is_another_plan_wherever_its_bytes_differ(tmp_path):
         assert plan_of([setting]) != plan
 
 
+def test_why_a_setting_cannot_run_may_be_worded_anew():
+    plans = [plan_of([Setting("a", "x:y", unavailable=words)]) for words in ("its export failed: 3 MB free", "its export failed: 4 MB free", None)]
+    assert plans[0] == plans[1] != plans[2]
+
+
 def lines(*values):
     return b"".join(value if isinstance(value, bytes) else json.dumps(value).encode() + b"\n" for value in values)
 

@@ -88,6 +88,9 @@ def test_an_unknown_figure_satisfies_nothing():
     memory = DeviceMemory(as_deployed_peak_bytes=5 * 10**9)
     rows = tuple(replace(row, device_memory=memory) if row.setting == "slow" else row for row in record.rows)
     assert pick(replace(record, rows=rows), "vram<6GB").setting == "slow"
+    why = {"device_memory.context_bytes": "it was not measured", "device_memory.as_deployed_peak_bytes": "contended"}
+    hidden = tuple(replace(row, unknown=why) for row in record.rows)
+    assert "contended" in pick(replace(record, rows=hidden), "vram<6GB").remarks[0]
 
 
 def test_a_wish_that_nobody_meets_is_named_with_the_nearest_and_by_how_much():

@@ -18,6 +18,13 @@ def test_of_two_attempts_of_a_round_the_calmer_counts_and_both_are_kept():
     assert counted([calm, busy]) == counted([busy, calm]) == [calm]
 
 
+def test_energy_of_the_busier_attempt_is_not_lost():
+    busy = replace(attempt(0, 1e-3), cpu_stall=0.5, energy_j=3.0, device={"during": {}})
+    calm = replace(attempt(0, 1e-3), cpu_stall=0.2, device={"energy_reason": "too short"})
+    assert summarise_row(SETTING, Case(), [busy, calm]).energy_j == 3.0
+    assert summarise_row(SETTING, Case(), [calm]).unknown["energy_j"] == "too short"
+
+
 def test_a_second_attempt_that_failed_takes_nothing_from_the_first():
     failed = replace(attempt(0, 1e-3), status="timeout", reason="late", cpu_stall=0.0)
     row = summarise_row(SETTING, Case(), [replace(attempt(0, 1e-3), cpu_stall=0.5), failed])

@@ -130,11 +130,35 @@ def test_a_rival_that_failed_leaves_no_ratio():
 
 def test_figures_of_two_devices_are_not_mixed(results):
     options = cuda.parser_of().parse_args(["--device", "cuda"])
-    kept = cuda.Results(options)
-    kept.put("1b 4 bits", {"gpu": {"name": "one"}, "rows": {}})
-    again = cuda.Results(options)
-    again.put("1b 8 bits", {"gpu": {"name": "other"}, "rows": {}})
+    kept = cuda.Results(options, {"name": "NVIDIA One"})
+    kept.put("1b 4 bits", {"gpu": {"name": "NVIDIA One"}, "rows": {"int4": {"decode_ms": 1.0}}})
+    assert cuda.Results(options, {"name": "NVIDIA One"}).has("1b 4 bits")
+    again = cuda.Results(options, {"name": "Other"})
+    assert not again.has("1b 4 bits"), "--missing measures it on this device"
+    again.put("1b 8 bits", {"rows": {}})
     assert json.loads((results / "cuda.json").read_text())["parts"].keys() == {"1b 8 bits"}
+    assert json.loads((results / "cuda_nvidia-one.json").read_text())["parts"].keys() == {"1b 4 bits"}
+
+
+@pytest.mark.parametrize(
+    "found", [{"rows": {"int4": {"failed": "no onnxruntime"}, "torch nf4": {"failed": "no bitsandbytes"}}}, {"said": "1 failed", "passed": False}]
+)
+def test_a_part_of_which_nothing_ran_is_missing(results, found):
+    (results / "cuda_cpu.json").write_text(json.dumps({"parts": {"x": found}}))
+    assert not cuda.Results(cuda.parser_of().parse_args(["--device", "cpu"])).has("x")
+
+
+def test_guesses_come_to_what_was_taken():
+    clock = cuda.Clock(100.0)
+    for _ in range(20):
+        clock.learn(10.0, 20.0)
+    assert clock.pace == pytest.approx(2, rel=1e-3)
+
+
+def test_a_builder_that_dies_without_a_word_leaves_its_status(monkeypatch, tmp_path):
+    monkeypatch.setattr(cuda, "measure", lambda *words, **options: {"wall_s": 1.0, "stderr": "", "returncode": -9})
+    options = cuda.parser_of().parse_args(["--genai-python", "python"])
+    assert cuda.build(tmp_path, tmp_path, "int4", options, 5.0)["failed"] == "the builder: exit status -9"
 
 
 @pytest.mark.parametrize(("value", "ci95", "verdict"), [(2.0, [1.5, 2.5], "held"), (1.1, [0.9, 1.3], "open"), (0.8, None, "missed")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import peers
@@ -15,11 +16,16 @@ def test_every_package_is_pinned(peer):
 
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
-    """What pip was asked for; an environment is an empty folder."""
+    """What pip and npm were asked for; an environment is an empty folder, in which everything runs."""
     found = []
+
+    def run(command, check, **options):
+        if "-c" not in command:
+            found.append(command[5:] if "pip" in command else command[-len(peers.JS_PACKAGES) :])
+
     monkeypatch.setattr(peers, "ROOT", tmp_path)
     monkeypatch.setattr(peers.venv, "create", lambda folder, with_pip: folder.mkdir(exist_ok=True))
-    monkeypatch.setattr(peers.subprocess, "run", lambda command, check: found.append(command[5:]))
+    monkeypatch.setattr(peers.subprocess, "run", run)
     return found
 
 
@@ -30,7 +36,7 @@ def test_an_environment_is_made_on_first_use_alone(installed, tmp_path):
 
 
 def test_one_that_was_left_half_made_is_finished(installed, monkeypatch):
-    def breaks_off(command, check):
+    def breaks_off(command, check, **options):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
@@ -40,3 +46,28 @@ def test_one_that_was_left_half_made_is_finished(installed, monkeypatch):
     monkeypatch.setitem(peers.PACKAGES, "olive", ("olive-ai==9",))
     peers.python_of("olive")
     assert installed[-1] == ["olive-ai==9"] and len(installed) == 2
+
+
+def test_an_environment_that_does_not_run_what_it_is_for_is_not_made(installed, monkeypatch, tmp_path):
+    """A package may forget what it needs."""
+    assert peers.CHECKS.keys() == peers.PACKAGES.keys()
+    real = peers.subprocess.run
+
+    def lacks(command, check, **options):
+        if "-c" in command:
+            raise subprocess.CalledProcessError(1, command)
+        real(command, check)
+
+    with monkeypatch.context() as patched, pytest.raises(subprocess.CalledProcessError):
+        patched.setattr(peers.subprocess, "run", lacks)
+        peers.python_of("genai")
+    assert not (tmp_path / "genai/installed.txt").exists()
+    peers.python_of("genai")
+    assert len(installed) == 2 and (tmp_path / "genai/installed.txt").exists()
+
+
+def test_transformers_js_is_installed_once_where_there_is_node(installed, monkeypatch, tmp_path):
+    monkeypatch.setattr(peers.shutil, "which", lambda name: f"/bin/{name}")
+    assert peers.js_of() == peers.js_of() == tmp_path / "js" and installed == [list(peers.JS_PACKAGES)]
+    monkeypatch.setattr(peers.shutil, "which", lambda name: None)
+    assert peers.js_of() is None and peers.js_of(Path("given")) == Path("given")

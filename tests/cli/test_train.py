@@ -500,9 +500,9 @@ def remembered():
 
 def test_the_next_verb_finds_base_and_adapter(run, training):
     Path(".qlt").mkdir()
-    Path(".qlt/last.json").write_text('{"tuned": "old", "exports": [{"path": "x"}], "text": "t"}')
+    Path(".qlt/last.json").write_text('{"tuned": "old", "exports": [{"path": "x"}]}')
     assert run(*WORDS)[0] == 0
-    assert remembered() == {"base": "base", "adapters": [["adapters/base-r16", 1.0]], "text": "t"}
+    assert remembered() == {"base": "base", "adapters": [["adapters/base-r16", 1.0]]}
 
 
 def test_an_interruption_has_its_own_code_and_names_the_way_on(run, training):

@@ -29,7 +29,17 @@ def test_cuda_gets_blocks_in_the_shapes_of_its_fast_kernels(name, bits, rows, co
 
 
 def test_columns_that_are_no_whole_blocks_are_not_padded_for_kernels_that_cannot_take_them():
-    assert scheme_of("int4", Target("cuda", "F16")).linear("down", 1000, 2000).multiple == 1
+    scheme = scheme_of("int4", Target("cuda", "F16"))
+    assert scheme.linear("down", 1000, 2000) == Blocks(4, 32, compute="F16"), "32 is no divisor: other kernels take it"
+
+
+@pytest.mark.parametrize(("name", "bits"), [("int8", 8), ("int4", 4)])
+@pytest.mark.parametrize("columns", [96, 160, 2080])
+def test_columns_that_the_fast_kernels_would_take_and_compute_wrongly_get_other_blocks(name, bits, columns):
+    """Whole blocks of 32 that are no multiple of 64: every such matrix must stay away from them, experts' too."""
+    scheme = scheme_of(name, Target("cuda", "BF16"))
+    assert scheme.linear("down", 128, columns) == Blocks(bits, 16, compute="BF16")
+    assert scheme.expert(128, columns) == Blocks(bits, 16, compute="BF16") and scheme.expert(128, 64).block == 64
 
 
 def test_nf4_on_cuda_is_the_operator_of_its_name_except_where_that_cannot_serve():

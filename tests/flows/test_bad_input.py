@@ -188,3 +188,22 @@ def test_weights_read_while_they_shrink_are_an_error_not_a_crash(llama, tmp_path
         os.truncate(path, 4096)
         with pytest.raises(CorruptError, match="truncated while being read"):
             file.read(max(file.entries.values(), key=lambda entry: entry.offset).spec.name)
+
+
+def test_results_written_as_files_replace_nothing_but_results(qlt, here, llama):
+    asked = ("inspect", llama, "-o", "out.json")
+    assert qlt(*asked).code == 0 and json.loads((here / "out.json").read_text())["kind"]
+    again = qlt(*asked)
+    assert again.code == 7 and "out.json is already there" in again.err
+    assert qlt(*asked, "--force").code == 0
+    (here / "out.json").write_text("notes of mine")
+    refused = qlt(*asked, "--force")
+    assert refused.code == 7 and "no result of qlt" in refused.err and (here / "out.json").read_text() == "notes of mine"
+    assert qlt("inspect", llama, "-o", "other.json", "--dry-run").code == 0 and files(here) == {"out.json"}
+
+
+def test_memory_that_python_itself_lacks_has_the_code_of_memory():
+    from qlora_tools.cli.main import explain
+    from qlora_tools.errors import OutOfMemory
+
+    assert explain(MemoryError())[2] == OutOfMemory.exit_code == 10

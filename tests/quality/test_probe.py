@@ -59,3 +59,5 @@ def test_retention_is_one_for_the_tuned_and_nothing_for_the_base():
     assert kept["base"]["retention"] == 0.0
     low, high = kept["quarter"]["ci95"]["retention"]
     assert 0 < low < kept["quarter"]["retention"] < high < 1.05
+    beyond = with_retention({**records, "broken": {**records["quarter"], "ppl_candidate": None}}, "base")
+    assert beyond["broken"]["retention"] is None and beyond["quarter"] == kept["quarter"]

@@ -336,7 +336,7 @@ def test_gpu_codes_equal_the_cpu_and_decode_alike(shape, dtype):
         there = {name: tensor.cpu() for name, tensor in codec.encode(spec, dense.cuda()).items()}
         assert here.keys() == there.keys() and all(here[name].shape == there[name].shape for name in here)
         different = (here[NAME] != there[NAME]).sum()
-        assert int(different) <= dense.numel() * 1e-4  # the reciprocal of absmax may differ in its last bit
+        assert int(different) <= max(2, dense.numel() * 1e-4)  # the reciprocal of absmax may differ in its last bit
         torch.testing.assert_close(codec.decode(spec, here).float(), codec.decode(spec, there).float(), rtol=0.05, atol=float(dense.abs().max()) * 0.02)
         on_gpu = codec.decode(spec, {name: tensor.cuda() for name, tensor in here.items()}, (1, shape[0] - 1))
         assert torch.equal(on_gpu.cpu(), codec.decode(spec, here)[1:-1])

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from qlora_tools.bench.device.bracket import Figure, Reading, figure
+from qlora_tools.bench.device.bracket import Figure, figure
 from qlora_tools.bench.device.limit import LimitSearch
 from qlora_tools.bench.record import Attempt, DeviceMemory, at_most, same
 
@@ -21,7 +21,7 @@ _WITHIN = 0.05
 def summarise_device(
     deployed: Sequence[Attempt],
     lean: Sequence[Attempt],
-    context: Sequence[Mapping[str, Reading]],
+    context: Sequence[Attempt],
     weights_bytes: int | None,
     *,
     limit: LimitSearch | None = None,
@@ -29,7 +29,7 @@ def summarise_device(
     """(the numbers, name -> why one is missing).
 
     ``deployed``: attempts under the runtime's defaults; ``lean``: with an arena that extends by just what is asked for, whose
-    ``device["arena"]`` is what ``arena.py`` recorded; ``context``: readings of processes that hold one operator.
+    ``device["arena"]`` is what ``arena.py`` recorded; ``context``: processes that hold one operator.
     """
     unknown: dict[str, str] = {}
 
@@ -38,7 +38,7 @@ def summarise_device(
             unknown[f"device_memory.{name}"] = reason or "it was not measured"
         return value
 
-    deployed_figures, lean_figures, context_figures = _of_attempts(deployed), _of_attempts(lean), [figure(readings) for readings in context]
+    deployed_figures, lean_figures, context_figures = _of_attempts(deployed), _of_attempts(lean), _of_attempts(context)
     memory = DeviceMemory(
         weights_bytes=known("weights_bytes", weights_bytes, "the engine does not tell"),
         arena_peak_bytes=known("arena_peak_bytes", *_arena(lean)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -106,9 +105,6 @@ def command(
 
     known, given = common.session.recall(), weighted(adapters)
     named, chosen, reference = _line_up(common, list(models), given, settings, reference, judged=choices["quality"])
-    if text is None and known.get("text") and choices["quality"] and all(map(_writes, chosen)):
-        text = Path(known["text"])
-        common.screen.remark(f"using text {text}")
     result = api.bench(
         models=chosen,
         adapters=given,
@@ -177,14 +173,6 @@ def _line_up(
         return named, models, reference
     chosen, reference = _with_reference(common, models, reference, judged=judged)
     return None, chosen, reference
-
-
-def _writes(model: str) -> bool:
-    """False for a model that is known to read something else than text, or to look once: a remembered text is not for it."""
-    from qlora_tools.models.work import DECODER, work_of
-
-    path = Path(model) / "config.json"
-    return not path.is_file() or work_of(json.loads(path.read_text(encoding="utf-8"))) == DECODER
 
 
 def _with_reference(common: Shared, models: list[str], reference: str | None, *, judged: bool = True) -> tuple[list[str], str | None]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qlora_tools.cli.options import Shared, examples, shared
+from qlora_tools.cli.options import Shared, examples, sharing
 from qlora_tools.cli.words import megabytes, plural
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ EPILOG = examples(
     "--dtype", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True, help="What the model computes in; auto is fp32 on the CPU."
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the text that the model writes and of the labels drawn.")
-@shared
+@sharing("FILE", "Where to write the statistics. Default: statistics/MODEL-TEXT.safetensors.")
 def command(common: Shared, model: str, data: str, tokens: int, context: int, fisher: bool, dtype: str, seed: int) -> None:
     """Take the statistics that calibrated verbs read (--calib); MODEL is a folder or a hub id. One block of weights is in memory at a time."""
     from qlora_tools import api

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import click
 
-from qlora_tools.cli.options import Shared, examples, shared
+from qlora_tools.cli.options import Shared, examples, reporting
 
 EPILOG = examples("qlt doctor", "qlt doctor --json")
 
 
 @click.command("doctor", epilog=EPILOG)
-@shared
+@reporting
 def command(common: Shared) -> None:
     """Check this installation: libraries, kernels, GPU, disk. Exits with 1 when a check fails."""
     from qlora_tools import api
@@ -24,5 +24,6 @@ def command(common: Shared) -> None:
     screen.say("  ".join(f"{name} {value}" for name, value in found.machine.items()))
     screen.say("  ".join(f"{name} {version}" for name, version in found.versions.items()))
     screen.result(found)
+    common.report(found)
     if not found.healthy:
         raise click.exceptions.Exit(1)

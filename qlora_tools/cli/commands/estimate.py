@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qlora_tools.cli.options import Shared, Size, examples, shared
+from qlora_tools.cli.options import Shared, Size, examples, reporting
 from qlora_tools.cli.words import megabytes
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ _COUNT = click.IntRange(min=1)
     metavar="SIZE",
     help="Memory to fill, like 24GB: says which settings run in it, with the largest batch and context of each.",
 )
-@shared
+@reporting
 def command(common: Shared, model: str, fits: int | None, **choices: int) -> None:
     """Say what MODEL would take in every setting: files, memory to run and to train. MODEL is a config.json, a folder or a hub id; no weight is read.
 
@@ -66,6 +66,7 @@ def command(common: Shared, model: str, fits: int | None, **choices: int) -> Non
         f"{'the allocator on CUDA, without the context; not measured on a GPU' if found.device.startswith('cuda') else 'resident set of the process'}"
     )
     screen.result(found)
+    common.report(found)
 
 
 def _bases(found: EstimateResult) -> list[tuple[str, ...]]:

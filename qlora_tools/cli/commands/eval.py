@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from qlora_tools.cli.options import Shared, examples, shared
+from qlora_tools.cli.options import Shared, examples, reporting
 from qlora_tools.errors import UsageError
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ EPILOG = examples(
 @click.option("--task", type=click.Choice(["python-syntax"]), help="Judge by what is written: the share of continued Python functions that parse.")
 @click.option("--prompts", type=click.IntRange(min=1), default=100, show_default=True, help="Functions to continue, with --task.")
 @click.option("--new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens per continuation at most, with --task.")
-@shared
+@reporting
 def command(
     common: Shared,
     models: tuple[str, ...],
@@ -104,10 +103,7 @@ def command(
     else:
         result = _evaluate(screen, {**arguments, "against": against, "labels": labels, "tokens": tokens, "context": context})
     screen.result(result)
-    if common.output:
-        from qlora_tools.cli.main import as_plain
-
-        common.output.write_text(json.dumps(as_plain(result), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    common.report(result)
 
 
 def _evaluate(screen: Screen, arguments: dict[str, Any]) -> Any:

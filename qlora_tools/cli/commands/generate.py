@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from qlora_tools.cli.options import HeadedCommand, Shared, examples, headed, shared
+from qlora_tools.cli.options import HeadedCommand, Shared, examples, headed, reporting
 from qlora_tools.cli.words import plural, printable
 from qlora_tools.errors import MissingError, UsageError
 
@@ -45,7 +44,7 @@ _choice = headed("Choice of tokens (default: the likeliest each time)")
 @_choice("--repetition-penalty", type=click.FloatRange(min=0, min_open=True), help="Above 1: words of the text so far become less likely.")
 @_choice("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="The same seed draws the same text.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads. Default: all cores.")
-@shared
+@reporting
 def command(common: Shared, words: tuple[str, ...], file: Path | None, new: int, **options: Any) -> None:
     """Let EXPORT (default: the last one) continue PROMPT; `-` reads it from standard input. The text appears as it is written."""
     export, prompt = _sources(common, words, file)
@@ -61,10 +60,7 @@ def command(common: Shared, words: tuple[str, ...], file: Path | None, new: int,
         common.screen.remark(_figures(result, answer))
     if common.screen.as_json:
         common.screen.result(result)
-    if common.output:
-        from qlora_tools.cli.main import as_plain
-
-        common.output.write_text(json.dumps(as_plain(result), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    common.report(result)
 
 
 class _Voice:

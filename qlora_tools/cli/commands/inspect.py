@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from qlora_tools.cli.options import Shared, examples, shared
+from qlora_tools.cli.options import Shared, examples, reporting
 from qlora_tools.cli.words import megabytes
 
 EPILOG = examples("qlt inspect base/", "qlt inspect adapters/tuned-r16", "qlt inspect exports/tuned-int8 --json")
@@ -12,7 +12,7 @@ EPILOG = examples("qlt inspect base/", "qlt inspect adapters/tuned-r16", "qlt in
 
 @click.command("inspect", epilog=EPILOG)
 @click.argument("path")
-@shared
+@reporting
 def command(common: Shared, path: str) -> None:
     """Say what PATH holds: a checkpoint, adapter, export or safetensors file, or a hub id. Reads headers only."""
     from qlora_tools import api
@@ -43,3 +43,4 @@ def command(common: Shared, path: str) -> None:
         ]
         screen.table("", ["tensor", "role", "count", "dtype", "shape", "stored", "bytes"], rows, left=2)
     screen.result(found)
+    common.report(found)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
-from qlora_tools.cli.options import Shared, adapters_option, examples, shared, weighted
+from qlora_tools.cli.options import Shared, adapters_option, examples, reporting, weighted
 
 EPILOG = examples(
     "qlt verify exports/tuned-int8                 # against what it was made of, as its manifest says",
@@ -32,7 +31,7 @@ EPILOG = examples(
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="UTF-8 text to run, through the whole model. Default: random tokens, through the first layers of a large one.",
 )
-@shared
+@reporting
 def command(common: Shared, export: Path, against: str | None, adapters: tuple[str, ...], target: str | None, calib: str | None, text: Path | None) -> None:
     """Hold EXPORT against its checkpoint again: files, weights, graph and what it computes. Exits with 1 when a check fails."""
     from qlora_tools import api
@@ -47,9 +46,6 @@ def command(common: Shared, export: Path, against: str | None, adapters: tuple[s
         if check.hint and check.status != "ok":
             screen.say(f"hint ({check.name}): {check.hint}")
     screen.result(found, "verified" if found.passed else "NOT verified")
-    if common.output:
-        from qlora_tools.cli.main import as_plain
-
-        common.output.write_text(json.dumps(as_plain(found), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    common.report(found)
     if not found.passed:
         raise click.exceptions.Exit(1)

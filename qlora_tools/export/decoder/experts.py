@@ -31,7 +31,7 @@ def draw_mixture(nodes: Nodes, mixture: Mixture, experts: Experts, x_TH: ir.Valu
     """[T, H] -> [T, H]."""
     scores_TE = products.multiply(mixture.router, x_TH)
     with nodes.scope("experts"):
-        draw = _together if mixture.experts[0].down.joint else _one_by_one
+        draw = _together if mixture.together else _one_by_one
         y_TH = draw(nodes, mixture, experts, x_TH, scores_TE, products)
     if mixture.shared is None:
         return y_TH

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_tools.export.decoder.export import MODEL_FILE, DecoderExport
+from qlora_tools.export.decoder.matrices import Mixture
 from qlora_tools.export.schemes import Scheme
-from qlora_tools.export.target import Target
 from qlora_tools.manifest import canonical_json
 
 FILE_NAME = "genai_config.json"
@@ -71,7 +71,7 @@ def genai_config(export: DecoderExport, config: Mapping[str, Any], generation: M
                 "num_hidden_layers": decoder.layers,
                 "num_key_value_heads": decoder.kv_heads,
                 "outputs": {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"},
-                "session_options": {"log_id": "onnxruntime-genai", **session_entries(export.scheme), "provider_options": provider_options(export.target)},
+                "session_options": {"log_id": "onnxruntime-genai", **session_entries(export.scheme), "provider_options": provider_options(export)},
             },
             "eos_token_id": end,
             "pad_token_id": padding,
@@ -92,9 +92,14 @@ def session_entries(scheme: Scheme) -> dict[str, str]:
     return entries if scheme.dense else {**entries, "ep.cuda.fpa_intb_gemm": "1"}
 
 
-def provider_options(target: Target) -> list[dict[str, dict[str, str]]]:
+def provider_options(export: DecoderExport) -> list[dict[str, dict[str, str]]]:
     """One record per provider, the preferred first. The strict mode sums the squares of a norm in fp32; without it 16-bit graphs sum in 16 bits.
 
-    Graph capture is not asked for here: onnxruntime-genai fails where it is refused, and our own runtime tries it unasked.
+    Graph capture is not asked for here: onnxruntime-genai fails where it is refused, and our own runtime tries it unasked. Where experts are drawn one by
+    one it is forbidden: which rows each gets (``NonZero``) is known only on the host, and differs from step to step.
     """
-    return [{"cuda": {"enable_skip_layer_norm_strict_mode": "1"}}] if target.provider == "cuda" else []
+    if export.target.provider != "cuda":
+        return []
+    feeds = (layer.feed for layer in export.layout.layers)
+    one_by_one = any(isinstance(feed, Mixture) and not feed.together for feed in feeds)
+    return [{"cuda": {"enable_skip_layer_norm_strict_mode": "1", **({"enable_cuda_graph": "0"} if one_by_one else {})}}]

@@ -83,6 +83,11 @@ class Mixture:
     shared: Feed | None = None
     shared_scale: Matrix | None = None
 
+    @property
+    def together(self) -> bool:
+        """Whether one node holds all experts."""
+        return self.experts[0].down.joint
+
     def matrices(self) -> tuple[Matrix, ...]:
         feeds = self.experts if self.shared is None else (*self.experts, self.shared)
         scale = () if self.shared_scale is None else (self.shared_scale,)

@@ -27,7 +27,8 @@ from qlora_tools.export.formats.format import WeightFormat
 from qlora_tools.export.nodes import Nodes
 
 _ACCURACY_LEVEL = 4
-_CUDA_BLOCK = 64
+#: Inputs that CUDA's node wants in a block.
+CUDA_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def has_one_node(form: WeightFormat, *columns: int) -> bool:
     """Whether the operators here take experts stored as ``form`` with that many inputs."""
     if isinstance(form, Dense):
         return form.stored == form.compute
-    if isinstance(form, Blocks) and form.compute != "F32" and form.block < _CUDA_BLOCK:
+    if isinstance(form, Blocks) and form.compute != "F32" and form.block < CUDA_BLOCK:
         return False
     return isinstance(form, Blocks) and form.multiple == 1 and all(size % form.block == 0 for size in columns)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ class ForwardSession:
 
     def close(self) -> None:
         """Free the session."""
-        self._session = None
+        self._session, self._loaded = None, replace(self._loaded, session=None)
 
     def _check_sizes(self, name: str, shape: tuple[int, ...]) -> None:
         wanted = self._inputs[name].shape

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,7 @@ class DecoderSession:
             MissingError: no such name or file. CorruptError: not an adapter. IncompatibleError: it is not for this graph; the one before stays.
         """
         found = None if adapter is None else read_adapter(find_adapter(self._folder, adapter), self._factor_inputs, self._device)
-        if found is not None and self._adapter is not None and found.path == self._adapter.path:
+        if found is not None and found.path in self._graph_ids:
             self._forget_captures()  # the same name, but other buffers
         self._adapter = found
         self._lengths_B = np.zeros(0, np.int64)
@@ -211,6 +212,7 @@ class DecoderSession:
         """Free the session and its buffers."""
         self._cache.pasts = []
         self._fixed, self._logits, self._adapter, self._session = {}, None, None, None
+        self._loaded = replace(self._loaded, session=None)
 
     # ---- one run ----
 

@@ -20,7 +20,7 @@ def attempt(during, after=100, process=None, arena=None, status="ok", reason=Non
 
 
 def context(*sizes):
-    return [{"before": reading(100), "during": reading(100 + size, size), "after": reading(100)} for size in sizes]
+    return [attempt(size, process=size) for size in sizes]
 
 
 def held(memory: DeviceMemory):
@@ -55,6 +55,11 @@ def test_a_failed_attempt_gives_its_reason():
     lean = [attempt(0, status="oom", reason="no room")]
     _, unknown = summarise_device([attempt(5)], lean, [], 1)
     assert unknown["device_memory.arena_peak_bytes"] == unknown["device_memory.process_peak_bytes"] == "no room"
+
+
+def test_a_context_that_could_not_be_held_gives_its_reason():
+    _, unknown = summarise_device([attempt(5)], [attempt(5)], [attempt(0, status="error", reason="no provider")] * 2, 1)
+    assert unknown["device_memory.context_bytes"] == "no provider"
 
 
 def test_an_arena_that_was_not_logged_gives_its_reason():

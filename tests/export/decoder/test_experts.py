@@ -13,6 +13,7 @@ from qlora_tools.errors import CheckFailed, IncompatibleError, MissingError, Non
 from qlora_tools.export.decoder import mixture as mixtures
 from qlora_tools.export.decoder import parity
 from qlora_tools.export.decoder.export import plan_export, write_graph
+from qlora_tools.export.decoder.genai import provider_options
 from qlora_tools.export.decoder.parity import check_parity
 from qlora_tools.export.decoder.stacked import separate_experts
 from qlora_tools.export.external import place
@@ -89,6 +90,8 @@ def test_graphs_for_cuda_take_blocks_of_64_where_sizes_allow(inner, scheme, tmp_
     found = check_parity(planned, tiny.source, tiny.config, tmp_path)
     assert found.error_carried < 0.06
     assert bool(kinds(tmp_path)["ScatterND"]) == (inner == 96 and scheme != "fp16")
+    (options,) = provider_options(planned)
+    assert (options["cuda"].get("enable_cuda_graph") == "0") == (inner == 96 and scheme != "fp16"), "rows picked on the host are not captured"
     for node in onnx.load(tmp_path / "model.onnx", load_external_data=False).graph.node:
         if node.op_type == "QMoE":
             options = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}

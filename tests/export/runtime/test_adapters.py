@@ -37,6 +37,18 @@ def test_an_adapter_adds_its_product_and_leaves_no_trace(folder, tmp_path):
     assert session._session is loaded and session.info()["adapter"] == "r3.onnx_adapter"
 
 
+def test_a_captured_step_does_not_outlive_the_buffers_of_its_adapter(folder, tmp_path):
+    """An adapter that comes back has other buffers, also when others were used in between."""
+    session = DecoderSession(folder, threads=1)
+    path = write_adapter(tmp_path / "a.onnx_adapter", factors(1))
+    session.use(path)
+    session._graph_ids = {session._adapter.path: 1}
+    session.use(None)
+    assert session._graph_ids, "the steps of others stay"
+    session.use(path)
+    assert not session._graph_ids
+
+
 def test_an_exports_own_adapters_have_names(folder):
     write_adapter(folder / "poems.onnx_adapter", factors(2))
     session = DecoderSession(folder, threads=1)
