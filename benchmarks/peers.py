@@ -46,6 +46,7 @@ CHECKS = {
     "olive": "import olive.cli.launcher, onnxruntime_genai.models.builder, peft",
 }
 JS_PACKAGES = ("@huggingface/transformers@4.3.1",)
+JS_CHECK = 'await import("@huggingface/transformers")'
 
 
 def python_of(peer: str, given: Path | None = None) -> str:
@@ -73,7 +74,9 @@ def js_of(given: Path | None = None) -> Path | None:
     if not stamp.exists() or stamp.read_text(encoding="utf-8") != wanted:
         print(f"installing transformers.js into {folder}", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", folder, *JS_PACKAGES], check=True)
+        # onnxruntime-node's install script fetches CUDA libraries; the CPU's come with the package
+        subprocess.run(["npm", "install", "--ignore-scripts", "--silent", "--no-audit", "--no-fund", "--prefix", folder, *JS_PACKAGES], check=True)
+        subprocess.run(["node", "--input-type=module", "-e", JS_CHECK], check=True, stdout=subprocess.DEVNULL, cwd=folder)
         stamp.write_text(wanted, encoding="utf-8")
     return folder
 

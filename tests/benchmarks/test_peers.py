@@ -20,7 +20,7 @@ def installed(tmp_path, monkeypatch):
     found = []
 
     def run(command, check, **options):
-        if "-c" not in command:
+        if "install" in command:  # the others try what was installed
             found.append(command[5:] if "pip" in command else command[-len(peers.JS_PACKAGES) :])
 
     monkeypatch.setattr(peers, "ROOT", tmp_path)

@@ -69,7 +69,7 @@ def _options(function: F) -> F:
     one_of = click.Choice
     decorators = [
         headed(run)("--base", metavar="MODEL", help="The model to adapt: folder or hub id. It stays as it is."),
-        headed(run)("--data", metavar="PATH", help="Text, jsonl of text, prompt and completion, or messages; or a folder of a saved dataset."),
+        headed(run)("--data", metavar="PATH", help="Text; jsonl of text, prompt and completion, messages, or text and label; a folder of a saved dataset, or of images in a folder per class."),
         headed(run)("--nf4", "base_format", flag_value="nf4", help=f"Hold the base in 4 bits{_default_mark('nf4')}."),
         headed(run)("--int8", "base_format", flag_value="int8", help=f"Hold it in 8 bits{_default_mark('int8')}."),
         headed(run)("--bf16", "base_format", flag_value="bf16", help=f"Hold it unquantized{_default_mark('bf16')}."),
