@@ -153,7 +153,7 @@ def write_result(name: str, command: str, content: dict) -> Path:
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     libraries = versions("qlora-tools", "torch", "numpy", "onnxruntime-gpu", "bitsandbytes", "transformers", "peft")
-    head = {"command": command, "machine": machine(), "versions": libraries, "code": code_version(Path(sys.argv[0]), sys.argv[1:])}
+    head = {"command": command.strip(), "machine": machine(), "versions": libraries, "code": code_version(Path(sys.argv[0]), sys.argv[1:])}
     path.write_text(json.dumps({**head, **content}, indent=2, sort_keys=True) + "\n")
     return path
 

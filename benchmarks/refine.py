@@ -55,6 +55,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         found = compare(options, Path(folder))
     command = f"python benchmarks/refine.py --base {options.base.name} --tuned {options.tuned.name} --text {options.text.name} --rank {options.rank} --format {options.format} --steps {options.steps}"
+    command += f" --foreign {options.foreign.name}" if options.foreign else ""
     write_result(f"refine_{options.tuned.name}", command, found)
 
 
