@@ -7,6 +7,7 @@ so equal data give equal bytes. matplotlib is imported by those who draw. Left o
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -22,6 +23,7 @@ _STYLE = {
     "grid.color": "#e5e4df",
     "axes.axisbelow": True,
     "agg.path.chunksize": 10_000,  # a long noisy line overflows the renderer in one piece
+    "text.parse_math": False,  # names are other people's: one with two `$` would be a formula, and mostly a wrong one
 }
 
 
@@ -47,3 +49,16 @@ def png(figure: Any, dpi: int) -> bytes:
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=dpi, metadata={"Software": None})
     return image.getvalue()
+
+
+def number_powers(axis: Any, write: Callable[[float], str]) -> None:
+    """Let ``write`` say the numbers at an axis of powers: matplotlib's own labels there are formulas, which this style does not read."""
+    from matplotlib.ticker import LogFormatter, NullFormatter
+
+    class Written(LogFormatter):
+        def __call__(self, value: float, pos: int | None = None) -> str:
+            return write(value) if super().__call__(value, pos) else ""  # which of them have room is matplotlib's to say
+
+    axis.set_major_formatter(Written())
+    if not isinstance(axis.get_minor_formatter(), NullFormatter):
+        axis.set_minor_formatter(Written())

@@ -21,6 +21,7 @@ import torch
 from qlora_tools.adapters.adapter import Adapter, Delta, Part
 from qlora_tools.adapters.values import checked
 from qlora_tools.checkpoint.logical import LogicalCheckpoint
+from qlora_tools.checkpoint.renamed import as_stored, stored_name
 from qlora_tools.engine.plan import Source, row_tiles
 from qlora_tools.errors import IncompatibleError
 from qlora_tools.manifest import read_manifest
@@ -31,13 +32,16 @@ Rows = tuple[int, int] | None
 
 def base_fingerprint(base: LogicalCheckpoint) -> Callable[[str], str | None]:
     """How to find the sha256 of the bytes that a base tensor was stored as before any quantization; ``None`` where that is not known."""
-    manifest = read_manifest(base.folder)
+    manifest, opened = read_manifest(base.folder), as_stored(base)
     recorded = manifest.source_tensors if manifest else {}
 
     def sha256(name: str) -> str | None:
-        if name in recorded:
-            return recorded[name]
-        return base.stored.sha256(name) if name in base.stored.specs and name not in base.quantized else None
+        stored = stored_name(base, name)
+        if stored is None:
+            return None
+        if stored in recorded:
+            return recorded[stored]
+        return opened.stored.sha256(stored) if stored in opened.stored.specs and stored not in opened.quantized else None
 
     return sha256
 
@@ -47,11 +51,12 @@ class MergedSource:
 
     ``ties``: the base's tied names -> owners. Where an adapter changes one of a pair and not the other, both appear in
     ``specs`` and ``untied`` lists the name; the merged config must then say ``tie_word_embeddings: false``.
-    ``fingerprint``: see :func:`base_fingerprint`; without it the base is taken on trust.
+    ``fingerprint``: see :func:`base_fingerprint`; without it the base is taken on trust. ``added``: tensors of the merged model
+    that the base lacks and one adapter brings (a new head), by name.
 
     Raises (on construction):
-        IncompatibleError: the base's first targeted tensor is not the one an adapter was made for, or two adapters change
-        a tensor in ways that cannot be added.
+        IncompatibleError: the base's first targeted tensor is not the one an adapter was made for, two adapters change
+        a tensor in ways that cannot be added, or what is added or resized is weighted.
     """
 
     def __init__(
@@ -61,12 +66,15 @@ class MergedSource:
         *,
         ties: Mapping[str, str] | None = None,
         fingerprint: Callable[[str], str | None] | None = None,
+        added: Mapping[str, TensorSpec] | None = None,
     ) -> None:
         self._base, self._fingerprint = base, fingerprint
+        self._added = dict(added or {})
+        assert not self._added.keys() & base.specs.keys(), "what is added is not in the base"
         self._adapters = [(adapter, weight) for adapter, weight in adapters if weight != 0.0]
         self._owner = {tied: owner for tied, owner in (ties or {}).items() if self._comes_apart(tied, owner)}
         self.untied = tuple(sorted(self._owner))
-        self.specs: Mapping[str, TensorSpec] = dict(sorted((name, self._spec(name)) for name in (*base.specs, *self._owner)))
+        self.specs: Mapping[str, TensorSpec] = dict(sorted((name, self._spec(name)) for name in (*base.specs, *self._owner, *self._added)))
         self.changed = frozenset(name for adapter, _ in self._adapters for name in adapter.changed if name in self.specs)
         self._verified: set[str] = set()
         self._lock = threading.Lock()
@@ -80,13 +88,14 @@ class MergedSource:
         return tied not in self._base.specs and owner in self._base.specs and not all(_changes_alike(adapter, tied, owner) for adapter, _ in self._adapters)
 
     def _spec(self, name: str) -> TensorSpec:
-        base = self._base.specs[self._owner.get(name, name)]
+        base = self._added[name] if name in self._added else self._base.specs[self._owner.get(name, name)]
         shapes = {adapter.replacements[name].spec.shape for adapter, _ in self._adapters if name in adapter.replacements}
-        if shapes - {base.shape}:
-            involved = [(adapter, weight) for adapter, weight in self._adapters if name in adapter.changed]
-            if len(involved) > 1 or involved[0][1] != 1.0:
+        if shapes - {base.shape} or name in self._added:
+            involved = [weight for adapter, weight in self._adapters if name in adapter.changed]
+            if involved != [1.0]:
                 raise IncompatibleError(
-                    f"`{name}` is replaced by one of {sorted(shapes)} where the base has {base.shape}: it cannot be weighted or added",
+                    f"`{name}` is replaced by one of {sorted(shapes)} where the base has {'none' if name in self._added else base.shape}: "
+                    "it cannot be weighted or added",
                     hint="merge this adapter alone with weight 1, then the others onto the result",
                 )
         return TensorSpec(name, base.dtype, shapes.pop() if len(shapes) == 1 else base.shape)

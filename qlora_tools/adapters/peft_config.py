@@ -124,13 +124,17 @@ class PeftConfig:
 
     def targets(self, module: str) -> bool:
         """Whether the configuration puts a LoRA on ``module``."""
-        if _selects(self.exclude_modules, module) or any(_reaches(saved, module) for saved in self.modules_to_save):
+        if _selects(self.exclude_modules, module) or self.saves(module):
             return False
         if self.target_modules in (None, "all-linear"):
             return True
         if not _selects(self.target_modules, module):
             return False
         return isinstance(self.target_modules, str) or not self.layers_to_transform or self._layer_of(module) in self.layers_to_transform
+
+    def saves(self, module: str) -> bool:
+        """Whether ``module`` is trained and stored whole."""
+        return any(_reaches(saved, module) for saved in self.modules_to_save)
 
     def _layer_of(self, module: str) -> int | None:
         if not self.layers_pattern:

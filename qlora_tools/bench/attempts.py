@@ -13,6 +13,7 @@ from qlora_tools.bench.launch import run_worker
 from qlora_tools.bench.plain import to_plain
 from qlora_tools.bench.record import Attempt, Case, Quality, Setting, Workload
 from qlora_tools.bench.worker import CONTEXT, DEVICE_MEMORY, LATENCY
+from qlora_tools.errors import QltError
 
 
 @dataclass(frozen=True)
@@ -121,14 +122,23 @@ def _environment(setting: Setting, accelerator: Accelerator | None) -> dict[str,
 
 
 def _run(setting: Setting, job: Mapping[str, Any], timeout_s: float, accelerator: Accelerator | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(the outcome, the readings of the accelerator before, during and after)."""
+    """(the outcome, the readings of the accelerator before, during and after). One that is lost meanwhile costs an attempt, not the benchmark: without a
+    reading before nothing is run; without one after, ``reason`` says why."""
     environment = _environment(setting, accelerator)
     if accelerator is None:
         return run_worker(job, timeout_s=timeout_s, environment=environment), {}
-    before = accelerator.read()
+    try:
+        device: dict[str, Any] = {"before": accelerator.read()}
+    except QltError as error:
+        return {"status": "error", "reason": f"the accelerator cannot be read: {error}", "wall_s": 0.0, "cpu_s": None, "cpu_stall": None}, {}
     outcome = run_worker(job, timeout_s=timeout_s, environment=environment)
-    during = outcome.get("device")
-    return outcome, {"before": before, **({} if during is None else {"during": during}), "after": accelerator.read()}
+    if outcome.get("device") is not None:
+        device["during"] = outcome["device"]
+    try:
+        device["after"] = accelerator.read()
+    except QltError as error:
+        device["reason"] = f"the accelerator could not be read afterwards: {error}"
+    return outcome, device
 
 
 def _attempt(number: int, outcome: Mapping[str, Any], setting: Setting, device: Mapping[str, Any], joules: float | None = None) -> Attempt:

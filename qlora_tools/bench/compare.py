@@ -1,11 +1,14 @@
 """A benchmark against an older one of the same settings: what got better, worse, or cannot be told apart.
 
-Every figure becomes a ratio new / old, smaller being better. Times and memory have one value per round on either side, so the ratio is one of
+Every figure becomes a ratio new / old, smaller being better. Times and the host's memory have one value per round on either side, so the ratio is one of
 geometric means and its interval Welch's (95 %, on logarithms); that interval knows how rounds scatter, not how machines differ from day to day, which
-is what the margin is for. A verdict other than ``tie`` needs both: a ratio beyond the margin, and an interval that leaves out 1. Files have one size, so
-their ratio is exact. KL is compared on the same windows by a function that is passed in, since judging text is another room's work.
+is what the margin is for. ``better`` and ``worse`` need both: a ratio beyond the margin, and an interval that leaves out 1. What was sampled and has no
+interval, from one round for instance, is ``unknown``. Files and the memory of a device are not samples, and are judged by their ratio alone.
 
-Left out: absolute differences, and any judgement across different text, cases or settings.
+KL, or the error of models that choose no classes, is compared on the same windows or inputs by a function that is passed in, since judging quality is
+another room's work. What cannot be judged any more, became infinite, or differs where nothing did, has no ratio and is worse all the same.
+
+Left out: absolute differences, and any judgement across different text, references, cases or settings.
 """
 
 from __future__ import annotations
@@ -26,16 +29,19 @@ from qlora_tools.names import shortened
 
 MARGIN = 0.05
 Verdict = Literal["better", "worse", "tie", "unknown"]
-#: Ratio and interval of two settings' stored figures, judged on the same windows; ``None`` where they were not.
+#: Ratio and interval of two settings' stored figures, judged on the same windows or inputs; ``None`` where they were not. It is a ratio of KL, or of
+#: relative errors where either has no KL.
 Paired = Callable[[Mapping[str, Any], Mapping[str, Any]], tuple[float, tuple[float, float] | None] | None]
 #: Facts of a machine that change by themselves from minute to minute.
 _VOLATILE = frozenset({"load_average", "others_running", "clocks"})
+#: Options that say where a model lies, and not what it computes.
+_PLACES = frozenset({"folder", "path"})
 
 
 @dataclass(frozen=True)
 class Change:
     """One figure of one setting, now and before. ``case`` is ``None`` for what does not depend on the work. ``old`` and ``new`` are in ``unit``
-    (seconds, bytes, nats). ``reason``: why there is no ratio, or no interval."""
+    (seconds, bytes, nats, a share of 1). ``reason``: why there is no ratio, or no interval."""
 
     setting: str
     name: str
@@ -75,24 +81,39 @@ class Compared:
         return tuple(change for change in self.changes if change.verdict == "worse")
 
 
+@dataclass(frozen=True)
+class _Loss:
+    """What quality is compared by: its name here and among the figures, and below what, in ``unit``, it is rounding. ``noun``: what 0 is none of."""
+
+    metric: str
+    figure: str
+    unit: str
+    noun: str
+    rounding: float
+
+    def of(self, judged: Quality | None) -> float | None:
+        """The figure; ``None`` where it is not known, and where it is infinite, which a record cannot hold."""
+        value = judged.figures.get(self.figure) if judged is not None and judged.status == "ok" else None
+        return value if value is not None and math.isfinite(value) else None
+
+
+#: The preferred one first.
+_LOSSES = (
+    _Loss("KL", "kl_mean", "nats", "divergence", ROUNDING_NATS),
+    _Loss("error", "relative_error", "share", "error", math.sqrt(ROUNDING_NATS)),  # a divergence is of the order of the error's square
+)
+_Side = tuple[BenchRecord, Quality | None]
+#: Ratio, its interval, the verdict, and why there is no ratio or no interval.
+_Judgement = tuple[float | None, tuple[float, float] | None, Verdict, str | None]
+
+
 def compare_records(new: BenchRecord, old: BenchRecord, *, margin: float = MARGIN, paired: Paired = lambda new, old: None, baseline: str = "") -> Compared:
-    """Every figure that both records have. ``margin``: the share up to which a change is none. ``paired``: the ratio of two KL figures, with its interval.
+    """Every figure that both records have. ``margin``: the share up to which a change is none. ``paired``: the ratio of two KLs or errors, with its interval.
 
     Raises:
-        UsageError: a negative margin. IncompatibleError: the records share no setting at the same work.
+        What :func:`check_comparable` raises.
     """
-    if not 0 <= margin < math.inf:
-        raise UsageError(f"a margin of {margin:g} is out of range", hint="give a share such as 0.05, or 5%")
-    partner = {setting.id: found for setting in new.settings if (found := _partner(setting, old)) is not None}
-    cases = [case for case in new.workload.cases if case in old.workload.cases]
-    if not partner or not cases:
-        what = "setting" if not partner else "case"
-        theirs = [found.id for found in old.settings] if not partner else [case.name for case in old.workload.cases]
-        ours = [found.id for found in new.settings] if not partner else [case.name for case in new.workload.cases]
-        raise IncompatibleError(
-            f"the baseline has no {what} of this benchmark: it has {shortened(theirs)}, this one {shortened(ours)}",
-            hint="measure the same settings with the same --prompt, --new and --batch",
-        )
+    partner, cases = check_comparable(new.settings, new.workload.cases, old, margin)
     changes: list[Change] = []
     for setting in (setting for setting in new.settings if setting.id in partner):
         before = partner[setting.id]
@@ -100,7 +121,7 @@ def compare_records(new: BenchRecord, old: BenchRecord, *, margin: float = MARGI
             changes += _at_case(setting, new.row(setting.id, case), old.row(before.id, case), margin)
         if any(row.status == "ok" for row in new.rows if row.setting == setting.id):
             changes += _files(setting, new.row(setting.id, cases[0]), old.row(before.id, cases[0]), margin)
-            changes += _kl(setting, new.quality_of(setting.id), old.quality_of(before.id), margin, paired)
+            changes += _quality(setting, (new, new.quality_of(setting.id)), (old, old.quality_of(before.id)), margin, paired)
     matched = {found.id for found in partner.values()}
     return Compared(
         baseline=baseline or f"{old.title}, {old.created}",
@@ -110,6 +131,27 @@ def compare_records(new: BenchRecord, old: BenchRecord, *, margin: float = MARGI
         missing=(*(s.name for s in old.settings if s.id not in matched), *(case.name for case in old.workload.cases if case not in cases)),
         added=(*(s.name for s in new.settings if s.id not in partner), *(case.name for case in new.workload.cases if case not in cases)),
     )
+
+
+def check_comparable(settings: Sequence[Setting], work: Sequence[Case], old: BenchRecord, margin: float = MARGIN) -> tuple[dict[str, Setting], list[Case]]:
+    """(id -> the same setting of ``old``, the cases of ``work`` that it has too). Both are known before anything is measured.
+
+    Raises:
+        UsageError: a negative margin. IncompatibleError: no setting, or no case, in common.
+    """
+    if not 0 <= margin < math.inf:
+        raise UsageError(f"a margin of {margin:g} is out of range", hint="give a share such as 0.05, or 5%")
+    partner = {setting.id: found for setting in settings if (found := _partner(setting, old)) is not None}
+    cases = [case for case in work if case in old.workload.cases]
+    if not partner or not cases:
+        what = "setting" if not partner else "case"
+        theirs = [found.id for found in old.settings] if not partner else [case.name for case in old.workload.cases]
+        ours = [found.id for found in settings] if not partner else [case.name for case in work]
+        raise IncompatibleError(
+            f"the baseline has no {what} of this benchmark: it has {shortened(theirs)}, this one {shortened(ours)}",
+            hint="measure the same settings with the same --prompt, --new and --batch",
+        )
+    return partner, cases
 
 
 def _partner(setting: Setting, old: BenchRecord) -> Setting | None:
@@ -125,8 +167,7 @@ def _at_case(setting: Setting, new: Row, old: Row, margin: float) -> Iterator[Ch
             verdict: Verdict = "tie"
         else:
             verdict = "worse" if old.status == "ok" else "better" if new.status == "ok" else "unknown"
-        said = f"was {old.status}, is {new.status}" + (f": {new.reason}" if new.reason and new.status != "ok" else "")
-        yield Change(setting.id, setting.name, new.case, "runs", "", None, None, None, None, verdict, said)
+        yield Change(setting.id, setting.name, new.case, "runs", "", None, None, None, None, verdict, _turn(new, old))
         return
     for metric, unit in (*((metric, "s") for metric in METRICS), ("peak memory", "B")):
         now, before = _per_round(new, metric), _per_round(old, metric)
@@ -137,34 +178,74 @@ def _at_case(setting: Setting, new: Row, old: Row, margin: float) -> Iterator[Ch
         yield _exact(setting, new.case, "device memory", "B", before_on, now_on, margin)
 
 
+def _turn(new: Row | Quality, old: Row | Quality) -> str:
+    """How something ended before and now, in words."""
+    return f"was {old.status}, is {new.status}" + (f": {new.reason}" if new.reason and new.status != "ok" else "")
+
+
 def _files(setting: Setting, new: Row, old: Row, margin: float) -> Iterator[Change]:
     if new.file_bytes is not None or old.file_bytes is not None:
         yield _exact(setting, None, "file", "B", old.file_bytes, new.file_bytes, margin)
 
 
-def _kl(setting: Setting, new: Quality | None, old: Quality | None, margin: float, paired: Paired) -> Iterator[Change]:
-    now, before = (found.figures.get("kl_mean") if found is not None and found.status == "ok" else None for found in (new, old))
-    if now is None and before is None:
-        return
+def _quality(setting: Setting, new: _Side, old: _Side, margin: float, paired: Paired) -> Iterator[Change]:
+    """The change of the first loss that both sides have, or else that one has; nothing where quality was judged on neither."""
+    told = [judged.figures for _, judged in (new, old) if judged is not None and judged.status == "ok"]
+    loss = next((item for some in (all, any) for item in _LOSSES if told and some(item.figure in figures for figures in told)), None)
+    if loss is not None:
+        found = _judgement(loss, new, old, margin, paired)
+        yield Change(setting.id, setting.name, None, loss.metric, loss.unit, loss.of(old[1]), loss.of(new[1]), *found)
 
-    def change(ratio: float | None, ci95: tuple[float, float] | None, verdict: Verdict, reason: str | None = None) -> Change:
-        return Change(setting.id, setting.name, None, "KL", "nats", before, now, ratio, ci95, verdict, reason)
 
-    if new is None or old is None or now is None or before is None:
-        yield change(None, None, "unknown", f"not judged {'now' if now is None else 'in the baseline'}")
-        return
+def _judgement(loss: _Loss, new_side: _Side, old_side: _Side, margin: float, paired: Paired) -> _Judgement:
+    """Whether both were judged alike, and then :func:`_ratio_of`."""
+    (record, new), (before, old) = new_side, old_side
+    if new is None or old is None:
+        return None, None, "unknown", f"not judged {'now' if new is None else 'in the baseline'}"
+    if not _is_one_reference(record, new.reference, before, old.reference):
+        return None, None, "unknown", "judged against another reference"
+    if "unsupported" in (new.status, old.status):  # it was not tried, for want of the reference for instance
+        return None, None, "unknown", _turn(new, old)
+    if new.status != "ok" or old.status != "ok":
+        return None, None, "worse" if old.status == "ok" else "better", _turn(new, old)
+    if loss.figure not in new.figures or loss.figure not in old.figures:
+        return None, None, "unknown", f"not judged {'in the baseline' if loss.figure in new.figures else 'now'}"
     texts = [(found.figures.get("corpus") or {}).get("sha256") for found in (new, old)]
     if texts[0] != texts[1]:
-        yield change(None, None, "unknown", "judged on another text")
-        return
-    if max(now, before) < ROUNDING_NATS:
-        yield change(1.0, None, "tie", "both are rounding noise")
-        return
+        return None, None, "unknown", "judged on another text"
+    return _ratio_of(loss, new, old, margin, paired)
+
+
+def _ratio_of(loss: _Loss, new: Quality, old: Quality, margin: float, paired: Paired) -> _Judgement:
+    """The judgement of what both were asked to tell on one text, against one reference."""
+    now, before, pieces = loss.of(new), loss.of(old), "inputs" if "inputs" in new.figures else "windows"
+    elsewhere: _Judgement = (None, None, "unknown", f"not judged on the same {pieces}")
+    if now is None or before is None:
+        if new.figures.get("method") != old.figures.get("method"):  # infinite sums cannot be paired, so nothing else tells
+            return elsewhere
+        if now is None and before is None:
+            return None, None, "tie", "both are infinite"
+        return (None, None, "worse", "it is infinite now") if now is None else (None, None, "better", "it was infinite before")
+    if max(now, before) < loss.rounding:
+        return 1.0, None, "tie", "both are rounding noise"
     found = paired(new.figures, old.figures)
-    if found is None or not math.isfinite(found[0]):
-        yield change(None, None, "unknown", "not judged on the same windows" if before else "there was no divergence before")
-        return
-    yield change(found[0], found[1], _verdict(found[0], found[1], margin), None if found[1] else "too few windows for an interval")
+    if found is None:
+        return elsewhere
+    ratio, interval = found
+    if before < loss.rounding and not math.isfinite(ratio):
+        return None, None, "worse", f"there was no {loss.noun} before"
+    if now < loss.rounding and ratio == 0:
+        return None, None, "better", f"there is no {loss.noun} now"
+    if interval is None or not math.isfinite(ratio):
+        return ratio if math.isfinite(ratio) else None, None, "unknown", f"too few {pieces} for an interval"
+    return ratio, interval, _verdict(ratio, interval, margin), None
+
+
+def _is_one_reference(new: BenchRecord, now: str, old: BenchRecord, before: str) -> bool:
+    """Whether the settings that judge are one: by id and, where both records list it, by what computes there."""
+    found = [next((setting for setting in record.settings if setting.id == name), None) for record, name in ((new, now), (old, before))]
+    known = [(one.engine, one.scheme, {name: value for name, value in one.options.items() if name not in _PLACES}) for one in found if one is not None]
+    return now == before and (len(known) < 2 or known[0] == known[1])
 
 
 def _per_round(row: Row, metric: str) -> list[float]:
@@ -179,8 +260,9 @@ def _change(setting: Setting, case: Case, metric: str, unit: str, old: Sequence[
         missing = f"not measured {'in the baseline' if before is None else 'now'}"
         return Change(setting.id, setting.name, case, metric, unit, before, now, None, None, "unknown", missing)
     ratio, interval = ratio_of_rounds(new, old)
-    reason = None if interval else "one round has no interval"
-    return Change(setting.id, setting.name, case, metric, unit, before, now, ratio, interval, _verdict(ratio, interval, margin), reason)
+    if interval is None:
+        return Change(setting.id, setting.name, case, metric, unit, before, now, ratio, None, "unknown", "one round has no interval")
+    return Change(setting.id, setting.name, case, metric, unit, before, now, ratio, interval, _verdict(ratio, interval, margin))
 
 
 def _exact(setting: Setting, case: Case | None, metric: str, unit: str, old: int | None, new: int | None, margin: float) -> Change:
@@ -188,7 +270,7 @@ def _exact(setting: Setting, case: Case | None, metric: str, unit: str, old: int
         missing = f"not known {'in the baseline' if not old else 'now'}"
         return Change(setting.id, setting.name, case, metric, unit, old, new, None, None, "unknown", missing)
     ratio = new / old
-    return Change(setting.id, setting.name, case, metric, unit, old, new, ratio, None, _verdict(ratio, None, margin))
+    return Change(setting.id, setting.name, case, metric, unit, old, new, ratio, None, _verdict(ratio, (ratio, ratio), margin))
 
 
 def ratio_of_rounds(new: Sequence[float], old: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
@@ -208,8 +290,8 @@ def ratio_of_rounds(new: Sequence[float], old: Sequence[float]) -> tuple[float, 
     return math.exp(middle), (math.exp(middle - half), math.exp(middle + half))
 
 
-def _verdict(ratio: float, interval: tuple[float, float] | None, margin: float) -> Verdict:
-    low, high = interval or (ratio, ratio)
+def _verdict(ratio: float, interval: tuple[float, float], margin: float) -> Verdict:
+    low, high = interval
     if ratio > 1 + margin and low > 1:
         return "worse"
     return "better" if ratio < 1 / (1 + margin) and high < 1 else "tie"
@@ -227,6 +309,9 @@ def _differences(new: BenchRecord, old: BenchRecord, partner: Mapping[str, Setti
         if before.get(name) != after.get(name):
             written = ("others", "these") if name == "tokens" else (_written(before.get(name)), _written(after.get(name)))
             yield Difference(name, *written)
+    judges = [", ".join(sorted({found.reference for found in record.quality})) for record in (old, new)]
+    if all(judges) and judges[0] != judges[1]:
+        yield Difference("reference of quality", *judges)
     for setting in new.settings:
         known = partner.get(setting.id)
         for field in ("engine", "options", "scheme", "threads") if known is not None else ():

@@ -11,7 +11,6 @@ Axes: B sequences, T positions, V vocabulary.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +23,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.cache_utils import DynamicCache
 from transformers.utils.logging import disable_progress_bar
 
+from qlora_tools.checkpoint.reader import read_json
 from qlora_tools.errors import CorruptError, MissingError, UsageError
+from qlora_tools.live.foreign import load_foreign
+from qlora_tools.models.sizes import check_sizes
 
 FACTORY = "qlora_tools.bench.hf_engine:load"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "stored": "auto"}
@@ -51,11 +53,12 @@ def load(
     ``memory``: one of :data:`MEMORY_MODES`; ``memory_limit``: the most bytes that torch's allocator may take of a GPU.
 
     Raises:
-        UsageError: a word that is not known, no such device, or a folder that is quantized already. MissingError: no such folder. CorruptError: config.json
-        is not JSON or names no known dtype.
+        UsageError: a word that is not known, no such device, or a folder that is quantized already. MissingError: no such folder, or no weights in it.
+        CorruptError: config.json is not JSON, has sizes that no model has, or names no known dtype; and as :func:`~qlora_tools.live.foreign.load_foreign`.
     """
     words = loading_words(path, threads=threads, dtype=dtype, device=device, quantize=quantize, memory=memory, memory_limit=memory_limit)
-    return TransformersEngine(settled(AutoModelForCausalLM.from_pretrained(path, **words), adapter))
+    config = read_json(Path(path) / "config.json")
+    return TransformersEngine(settled(load_foreign(AutoModelForCausalLM, Path(path), config, words), adapter))
 
 
 def loading_words(
@@ -69,13 +72,17 @@ def loading_words(
     for name, word, words in (("dtype", dtype, DTYPES), ("quantize", quantize, (None, *QUANTIZATIONS)), ("memory", memory, MEMORY_MODES)):
         if word not in words:
             raise UsageError(f"{name} {word!r}: expected one of {', '.join(str(known) for known in words if known)}")
-    if not (Path(path) / "config.json").is_file():
+    config_path = Path(path) / "config.json"
+    if not config_path.is_file():
         raise MissingError(f"{path} holds no config.json", hint="give a model folder")
+    config = read_json(config_path)
+    check_sizes(config, config_path)
     _prepare_device(device, memory_limit)
     torch.set_num_threads(threads)
     disable_progress_bar()
-    quantization = {} if quantize is None else {"quantization_config": _quantization(quantize, dtype, Path(path))}
-    return {"dtype": DTYPES[dtype], "device_map": {"": device}, "local_files_only": True, **quantization}
+    quantization = {} if quantize is None else {"quantization_config": _quantization(quantize, dtype, Path(path), config)}
+    trust = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+    return {"dtype": DTYPES[dtype], "device_map": {"": device}, **trust, **quantization}
 
 
 def settled(model: Any, adapter: str | None = None) -> Any:
@@ -106,14 +113,10 @@ def _prepare_device(device: str, memory_limit: int | None) -> None:
     torch.cuda.set_per_process_memory_fraction(min(memory_limit / total, 1.0), number)
 
 
-def _quantization(name: str, dtype: str, folder: Path) -> BitsAndBytesConfig:
+def _quantization(name: str, dtype: str, folder: Path, config: Mapping[str, Any]) -> BitsAndBytesConfig:
     """Raises:
-    UsageError: the folder is quantized already. CorruptError: config.json is not JSON, or names no dtype that is known.
+    UsageError: the folder is quantized already. CorruptError: config.json names no dtype that is known.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CorruptError(f"{folder / 'config.json'} is not JSON: {error}") from error
     if "quantization_config" in config:
         raise UsageError(f"{folder} is quantized already, so it cannot be quantized to {name}", hint="leave `quantize` out, or give the dense model")
     if name == "int8":
@@ -121,7 +124,7 @@ def _quantization(name: str, dtype: str, folder: Path) -> BitsAndBytesConfig:
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
     stored = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-    compute = {str(known).removeprefix("torch."): known for known in DTYPES.values()}.get(stored) if dtype == "stored" else DTYPES[dtype]
+    compute = {str(known).removeprefix("torch."): known for known in DTYPES.values()}.get(str(stored)) if dtype == "stored" else DTYPES[dtype]
     if compute is None:
         raise CorruptError(f"{folder / 'config.json'} says dtype {stored!r}", hint="give `dtype`")
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute)

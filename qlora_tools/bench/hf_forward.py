@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from qlora_tools.bench.hf_engine import loading_words, quantization_method, settled, stored_bytes
 from qlora_tools.checkpoint.reader import read_json
 from qlora_tools.errors import UnsupportedError
+from qlora_tools.live.foreign import REFUSALS, load_foreign
 from qlora_tools.models.feeds import draw_feed, reads_text
 from qlora_tools.models.work import FORWARD, inputs_of_class, inputs_of_denoiser, is_of_diffusers
 
@@ -53,10 +54,7 @@ def load(
             what = "no adapter is put on it" if adapter is not None else f"it is not quantized to {quantize}"
             raise UnsupportedError(f"{path} is a model of diffusers: {what} here", hint="merge or quantize it first")
         return TorchForward(settled(_denoiser(folder, config, words)), config, processor, inputs_of_denoiser(config))
-    try:
-        loaded = class_of(folder, config, task).from_pretrained(folder, trust_remote_code=False, **words)
-    except (ValueError, KeyError, ImportError) as error:
-        raise UnsupportedError(f"{folder}: transformers cannot load it: {str(error)[:300]}", hint="check config.json") from error
+    loaded = load_foreign(class_of(folder, config, task), folder, config, words)
     model = settled(loaded, adapter)
     names = inputs_of_class(model.config.to_dict(), model.main_input_name, inspect.signature(model.forward).parameters)
     quantization = quantization_method(model.config)
@@ -146,7 +144,10 @@ def _classes_by_task(folder: Path) -> dict[str, list[Any]]:
     import transformers
     from transformers.pipelines import SUPPORTED_TASKS
 
-    kind = type(transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+    try:
+        kind = type(transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+    except REFUSALS as error:
+        raise UnsupportedError(f"{folder}: transformers cannot read its config.json: {str(error)[:300]}", hint="check config.json") from error
     found: dict[str, list[Any]] = {}
     for task, facts in SUPPORTED_TASKS.items():
         mapped = [auto._model_mapping[kind] for auto in facts["pt"] if kind in auto._model_mapping]
@@ -164,5 +165,6 @@ def _denoiser(folder: Path, config: Mapping[str, Any], words: Mapping[str, Any])
     owner = getattr(diffusers, str(config["_class_name"]), None)
     if owner is None or not str(config["_class_name"]).startswith("UNet2D"):
         raise UnsupportedError(f"diffusers' `{config['_class_name']}` is not run here", hint="run are UNet2DConditionModel and UNet2DModel")
-    given = {} if words["dtype"] == "auto" else {"torch_dtype": words["dtype"]}
-    return owner.from_pretrained(folder, local_files_only=True, **given).to(words["device_map"][""])
+    given: dict[str, Any] = {} if words["dtype"] == "auto" else {"torch_dtype": words["dtype"]}
+    given |= {name: words[name] for name in ("local_files_only", "use_safetensors")}  # with the latter diffusers unpickles nothing
+    return load_foreign(owner, folder, config, given, library="diffusers").to(words["device_map"][""])

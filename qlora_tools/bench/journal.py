@@ -17,9 +17,12 @@ from qlora_tools.bench.plain import from_plain, to_plain
 from qlora_tools.bench.record import Setting
 from qlora_tools.bench.rows import weight_files
 from qlora_tools.errors import CorruptError, IncompatibleError, StorageError
+from qlora_tools.manifest import FILE_NAME as MANIFEST
+from qlora_tools.manifest import sha256_file
 
 SCHEMA = "qlt.bench-journal/1"
 _EDGE_BYTES = 1 << 20
+_SAMPLE_BYTES = 64 << 10
 Result = TypeVar("Result")
 
 
@@ -74,12 +77,16 @@ class Journal:
             os.fsync(self._stream.fileno())
 
 
-def plan_of(settings: Sequence[Setting], **parts: Any) -> dict[str, Any]:
-    """What must be the same for two parts of a run to belong together: each setting with its files, and ``parts`` by name."""
+def plan_of(settings: Sequence[Setting], reference: Setting | None = None, **parts: Any) -> dict[str, Any]:
+    """What must be the same for two parts of a run to belong together: each setting with its files, the ``reference`` too where it is none of them, and
+    ``parts`` by name."""
+    named = {f"setting `{setting.id}`": setting for setting in settings}
+    if reference is not None and reference not in settings:
+        named[f"reference `{reference.id}`"] = reference
     listed = {
         # why one cannot run may be worded otherwise the next time, with the bytes that were free for instance
-        f"setting `{setting.id}`": {**to_plain(setting), "unavailable": setting.unavailable is not None, "files": _edges(setting.path)}
-        for setting in settings
+        name: {**to_plain(setting), "unavailable": setting.unavailable is not None, "files": _marks(setting.path)}
+        for name, setting in named.items()
     }
     return {**listed, "order of settings": [setting.id for setting in settings], **{name.replace("_", " "): to_plain(part) for name, part in parts.items()}}
 
@@ -89,15 +96,22 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(to_plain(value), sort_keys=True).encode()).hexdigest()
 
 
-def _edges(path: str | None) -> list[list[Any]]:
-    """Name, size and a hash of the first and last MiB of every weight file: a model made again has other bytes there; gigabytes need no reading."""
+def _marks(path: str | None) -> list[list[Any]]:
+    """Name, size and a hash of pieces of every weight file: gigabytes need no reading, and a model made again has other bytes somewhere there.
+
+    Both ends may outlive training: embeddings come first, the head last. So there are pieces from between, and where the folder has a manifest, which
+    lists the hash of every file, the manifest itself.
+    """
     found: list[list[Any]] = []
+    manifest = Path(path) / MANIFEST if path is not None else None
+    if manifest is not None and manifest.is_file():
+        found.append([manifest.name, manifest.stat().st_size, sha256_file(manifest)])
     for file in weight_files(path):
-        size = file.stat().st_size
+        size, seen = file.stat().st_size, hashlib.sha256()
         with file.open("rb") as stream:
-            seen = hashlib.sha256(stream.read(_EDGE_BYTES))
-            stream.seek(max(size - _EDGE_BYTES, 0))
-            seen.update(stream.read(_EDGE_BYTES))
+            for start, length in ((0, _EDGE_BYTES), *((size * part // 4, _SAMPLE_BYTES) for part in (1, 2, 3)), (max(size - _EDGE_BYTES, 0), _EDGE_BYTES)):
+                stream.seek(start)
+                seen.update(stream.read(length))
         found.append([file.name, size, seen.hexdigest()])
     return found
 

@@ -24,6 +24,8 @@ from typing import Any
 
 from qlora_tools.bench.machine import cpu_stall_us, oom_kills
 
+#: The longest that a process can be waited for: poll(2) takes milliseconds in 31 bits.
+MOST_S = 2_000_000.0
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS", "NUMBA_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 _PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
 
@@ -35,9 +37,10 @@ def run_worker(config: Mapping[str, Any], *, timeout_s: float, environment: Mapp
     ``cpu_s`` (user and system time of the worker) and ``cpu_stall`` (the share of that time in which some
     task of the machine waited for a CPU, ``None`` where the kernel does not tell).
     """
+    timeout_s = min(timeout_s, MOST_S)
     with tempfile.TemporaryDirectory(prefix="qlt-bench-") as scratch:
         folder = Path(scratch)
-        config = {**config, "result": str(folder / "result.json"), "deadline_s": timeout_s}
+        config = {**config, "result": str(folder / "result.json"), "deadline_s": timeout_s, "parent": os.getpid()}
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
         kills, stalled_us, started = oom_kills(), cpu_stall_us(), time.perf_counter()
         exit_code, cpu_s = _spawn_and_wait(folder, timeout_s, worker_environment(int(config["threads"]), environment))
@@ -62,15 +65,17 @@ def worker_environment(threads: int, extra: Mapping[str, str] | None = None) -> 
 def _spawn_and_wait(folder: Path, timeout_s: float, environment: Mapping[str, str]) -> tuple[int | None, float | None]:
     """(exit code, negative for a signal, ``None`` for a timeout; CPU seconds). The group is gone on return."""
     command = [sys.executable, "-P", "-m", "qlora_tools.bench.worker", str(folder / "config.json")]
-    with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=dict(environment), start_new_session=True)
+    process: subprocess.Popen[bytes] | None = None
     try:
+        with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=dict(environment), start_new_session=True)
         return _wait(process, timeout_s)
     finally:
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # grandchildren, if any are left
-            os.killpg(process.pid, signal.SIGKILL)
-        if process.returncode is None:
-            process.wait()
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # grandchildren, if any are left
+                os.killpg(process.pid, signal.SIGKILL)
+            if process.returncode is None:
+                process.wait()
 
 
 def _wait(process: subprocess.Popen[bytes], timeout_s: float) -> tuple[int | None, float | None]:

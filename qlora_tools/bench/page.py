@@ -170,7 +170,7 @@ def embedded(value: Any) -> str:
 def _bars(record: BenchRecord) -> str:
     case = record.workload.cases[0]
     at = f" At {case.name.replace(' ', chr(0xA0))}." if len(record.workload.cases) > 1 else ""
-    sure = "Median; whisker: 95 % interval from whole runs, where there are six or more." + at
+    sure = "Median; whisker: 95 % interval from whole processes, where there are six or more." + at
     first = "Forward" if any(is_forward(row) for row in record.rows_at(case)) else "Prefill"
     drawn = [
         ("Decode", sure, timing_chart(record, "decode", "milliseconds per step")),

@@ -2,6 +2,7 @@
 
 A wish is ``metric comparator number unit``; several are joined by commas and must all hold. What comes behind a semicolon says which of the settings
 that meet them is taken. A figure that is not known never satisfies a wish. Where a setting was measured at several shapes of work, its worst figure counts.
+The base that is measured beside its fine-tune, to show what that gained, is another model and no choice.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 import operator
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from qlora_tools.bench.record import BenchRecord, Row
+from qlora_tools.bench.record import BenchRecord, Row, Setting
 from qlora_tools.errors import UsageError
 from qlora_tools.names import nearest
 
@@ -74,6 +75,8 @@ METRICS: Mapping[str, Metric] = {
         Metric("tok/s", "rate", lambda record, row: row.decode_tokens_per_s, "decode_tokens_per_s", higher_is_better=True),
     )
 }
+#: What the base without its adapters is called (see ``verbs/bench_settings.py``).
+UNTUNED = "untuned"
 #: The metrics that come from judging, not from running.
 QUALITY = frozenset({"kl", "ppl", "top1", "accuracy", "cosine", "error", "retention"})
 #: What decides between settings that meet all wishes: the first figure, then the next where that ties or is not known.
@@ -212,7 +215,7 @@ def pick(record: BenchRecord, text: str) -> Picked:
         UsageError: see :func:`parse_wishes`.
     """
     asked = parse_wishes(text)
-    candidates = tuple(_candidate(record, setting.id, setting.name, asked.wishes) for setting in record.settings)
+    candidates = tuple(_candidate(record, setting.id, setting.name, asked.wishes) for setting in _choices(record))
     able = [item for item in candidates if item.meets_all and any(row.setting == item.setting and row.status == "ok" for row in record.rows)]
     if not able:
         return Picked(text, asked.objective, None, None, None, tuple(_in_the_way(asked.wishes, candidates)), candidates)
@@ -222,6 +225,11 @@ def pick(record: BenchRecord, text: str) -> Picked:
     figure = f" ({by} {write_figure(by, figure_of(record, best.setting, by)[0])})" if by else ""
     remarks = [f"the {asked.objective} of {len(able)} settings that meet all wishes{figure}" if others else f"the only setting that meets all wishes{figure}"]
     return Picked(text, asked.objective, best.setting, best.name, record.setting(best.setting).export, tuple(remarks), candidates)
+
+
+def _choices(record: BenchRecord) -> Sequence[Setting]:
+    """All settings but the untuned base, unless nothing else was measured."""
+    return [setting for setting in record.settings if setting.label != UNTUNED] or record.settings
 
 
 def _candidate(record: BenchRecord, setting: str, name: str, wishes: tuple[Wish, ...]) -> Candidate:
@@ -260,15 +268,20 @@ def _in_the_way(wishes: tuple[Wish, ...], candidates: tuple[Candidate, ...]) -> 
         said.append(f"nobody meets {wish.text}: {item.name} comes nearest with {_missed(wish, checked)}")
     if said:
         return said
-    near = min(
-        candidates, key=lambda item: (sum(not found.holds for found in item.checked), sum(found.missed_by or 1e9 for found in item.checked if not found.holds))
-    )
+    near = min(candidates, key=lambda item: (sum(not found.holds for found in item.checked), sum(map(_distance, item.checked))))
     misses = [
         f"{wish.text} with {_missed(wish, found)}" if found.value is not None else f"{wish.text} (not known: {found.reason})"
         for wish, found in zip(wishes, near.checked, strict=True)
         if not found.holds
     ]
     return [f"each wish is met by some setting, but all of them by none; {near.name} comes nearest and misses {' and '.join(misses)}"]
+
+
+def _distance(checked: Checked) -> float:
+    """How far a setting is from a wish; further than anything where that is not known."""
+    if checked.holds:
+        return 0.0
+    return 1e9 if checked.missed_by is None else checked.missed_by
 
 
 def _missed(wish: Wish, checked: Checked) -> str:

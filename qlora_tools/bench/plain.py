@@ -61,7 +61,8 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         return value
     if kind in (dict, Mapping) or (origin is not None and issubclass(origin, Mapping)):
         _expect(isinstance(value, dict), where, "an object", value)
-        return value
+        item_kind = get_args(kind)[1] if get_args(kind) else Any
+        return {name: _build(item_kind, item, f"{where}.{name}".lstrip(".")) for name, item in value.items()}
     accepted = (int, float) if kind is float else kind
     _expect(isinstance(value, accepted) and (kind is bool or not isinstance(value, bool)), where, kind.__name__, value)
     return value

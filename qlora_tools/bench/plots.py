@@ -13,8 +13,9 @@ from qlora_tools.bench.charts_sweep import AXES, sweeps
 from qlora_tools.bench.pareto import Cost, Loss, Point, points, views
 from qlora_tools.bench.plots_more import draw_decay, draw_layer_map, draw_sweeps
 from qlora_tools.bench.record import BenchRecord
-from qlora_tools.bench.svg import place_labels
-from qlora_tools.plot_style import BLUE, GOLD, GREY, INK, PURPLE, TEAL, new_figure, png, styled
+from qlora_tools.bench.svg import amount, place_labels
+from qlora_tools.checkpoint.folder import replace_file
+from qlora_tools.plot_style import BLUE, GOLD, GREY, INK, PURPLE, TEAL, new_figure, number_powers, png, styled
 
 _FILE_NAMES = {"file": "size", "weights": "size", "decode": "latency", "prefill": "latency", "vram": "vram"}
 _PIECES = {"fill-a": BLUE, "fill-b": TEAL, "fill-c": GOLD, "fill-d": PURPLE, "fill-e": GREY}
@@ -22,13 +23,14 @@ _WIDTH, _HEIGHT = 5.2, 3.4
 
 
 def write_plots(record: BenchRecord, folder: Path, *, dpi: int = 200) -> list[Path]:
-    """Write the plots that the record has data for into ``folder``; returns their paths. The same record gives the same bytes."""
+    """Write the plots that the record has data for into ``folder``, each in the place of the one before; returns their paths. The same record gives the
+    same bytes."""
     written = []
     with styled():
         for name, paint, size in _painters(record):
             figure = new_figure(*size)
             if paint(figure):
-                (folder / name).write_bytes(png(figure, dpi))
+                replace_file(folder / name, png(figure, dpi))
                 written.append(folder / name)
     return written
 
@@ -79,6 +81,7 @@ def _scatter(axes: Any, found: list[Point], cost: Cost, loss: Loss) -> bool:
     if loss.scale == "log":
         positive = [point.y for point in found if point.y > 0]
         axes.set_yscale("symlog", linthresh=max(min(positive) / 2, max(positive) / 1e5) if positive else 1e-6)
+        number_powers(axes.yaxis, amount)
     steps = frontier_steps([(point.x, point.y) for point in found if point.on_frontier])
     for x1, y1, x2, y2 in steps:
         axes.plot([x1, x2], [y1, y2], color=BLUE, alpha=0.5, linewidth=1.2)

@@ -9,7 +9,7 @@ from qlora_tools.bench.charts_layers import map_places
 from qlora_tools.bench.charts_sweep import AXES, Sweep, is_log
 from qlora_tools.bench.record import Layer
 from qlora_tools.bench.svg import amount, fine_log_scale, ticks
-from qlora_tools.plot_style import BLUE, COLOURS, GREY
+from qlora_tools.plot_style import BLUE, COLOURS, GREY, number_powers
 
 
 def draw_sweeps(figure: Any, found: Sequence[Sweep]) -> bool:
@@ -75,6 +75,8 @@ def draw_decay(axes: Any, layers: Sequence[Layer]) -> bool:
     curves = [layer.singular_values for layer in layers if layer.singular_values and layer.singular_values[0] > 0]
     for values in curves:
         axes.semilogy(range(1, len(values) + 1), [value / values[0] for value in values], color=BLUE, alpha=0.35, linewidth=0.9)
+    if curves:
+        number_powers(axes.yaxis, amount)
     axes.set_xlabel("index")
     axes.set_ylabel("singular value / largest")
     return bool(curves)

@@ -10,16 +10,16 @@ Times are seconds (``_s``), sizes bytes (``_bytes``), quality figures as ``quali
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from qlora_tools.bench.checks import check_record
 from qlora_tools.bench.plain import from_plain, to_plain
 from qlora_tools.bench.samples import Timing
 from qlora_tools.errors import CorruptError, MissingError, UsageError
-from qlora_tools.manifest import canonical_json
+from qlora_tools.manifest import canonical_json, strict_json
 
 SCHEMA = "qlt.bench/2"
 FILE_NAME = "bench.json"
@@ -298,17 +298,18 @@ def parse_record(content: bytes, source: str = FILE_NAME) -> BenchRecord:
     """A record from its JSON.
 
     Raises:
-        CorruptError: not JSON, another schema, or a field missing or of the wrong kind.
+        CorruptError: not JSON, another schema, a field missing or of the wrong kind, or parts that do not belong together.
     """
     try:
-        value = json.loads(content)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CorruptError(f"{source} is not JSON: {error}") from error
+        value = strict_json(content)
+    except ValueError as error:
+        raise CorruptError(f"{source} is not JSON: {error}", hint="copy the file again, or measure again") from error
     found = value.get("schema") if isinstance(value, dict) else type(value).__name__
     if found != SCHEMA:
-        raise CorruptError(f"{source}: schema is {found!r}, expected {SCHEMA!r}", hint="measure again with this version")
+        raise CorruptError(f"{source}: schema is {str(found)[:40]!r}, expected {SCHEMA!r}", hint="measure again with this version")
     try:
         record = from_plain(BenchRecord, value)
+        check_record(record)
     except (TypeError, ValueError, KeyError, UsageError) as error:
         raise CorruptError(f"{source}: {error}", hint="measure again with this version") from error
     return record

@@ -135,7 +135,7 @@ def _times(case: Case, good: Sequence[Attempt]) -> tuple[dict[str, Any], dict[st
         "load": summarise([[attempt.load_s] for attempt in good if attempt.load_s is not None]),
         "prefill": prefill,
         "ttft": summarise([attempt.ttft_s for attempt in good]),
-        "decode": None if once else summarise([run for attempt in good for run in attempt.decode_s]),
+        "decode": None if once else summarise([[step for run in attempt.decode_s for step in run] for attempt in good]),
         "tpot_s": tpot,
         "prefill_tokens_per_s": case.batch * case.prompt_tokens / prefill.p50_s if prefill.p50_s and reads_tokens else None,
         "decode_tokens_per_s": case.batch / tpot if tpot else None,

@@ -63,6 +63,7 @@ def run_bench(
     accelerators = accelerators or Accelerators([*settings, *([quality.reference] if quality else [])], instruments or Instruments())
     plan = plan_of(
         settings,
+        quality.reference if quality else None,
         workload=workload,
         threads=threads,
         timeout_s=timeout_s,

@@ -2,8 +2,8 @@
 
 A quantile is given only where the samples can bound it: with 95 % confidence the largest of n samples lies
 above the p-quantile when 1 - p**n >= 0.95, so p95 needs 59 and p99 needs 299. The interval of the median is
-made of order statistics of *whole runs' medians*, because the steps within a run depend on each other; it
-assumes no distribution and does not exist below six runs.
+made of order statistics of *whole processes' medians*, because samples of one process depend on each other; it
+assumes no distribution and does not exist below six processes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Timing:
-    """Figures of one quantity in seconds. What is ``None`` has its reason in ``unknown`` under the same name."""
+    """Figures of one quantity in seconds, from ``n`` samples of ``n_runs`` processes. What is ``None`` has its reason in ``unknown`` under the same name."""
 
     n: int
     n_runs: int
@@ -34,10 +34,10 @@ def samples_needed(quantile: float) -> int:
     return math.ceil(math.log(1 - CONFIDENCE) / math.log(quantile) - 1e-9)
 
 
-def summarise(runs: Sequence[Sequence[float]]) -> Timing:
-    """``runs`` holds the samples of each run in seconds; a run without samples does not count."""
-    filled = [list(run) for run in runs if run]
-    pooled = sorted(sample for run in filled for sample in run)
+def summarise(processes: Sequence[Sequence[float]]) -> Timing:
+    """``processes`` holds the samples of each process in seconds; one without samples does not count. Quantiles are of all samples together."""
+    filled = [list(samples) for samples in processes if samples]
+    pooled = sorted(sample for samples in filled for sample in samples)
     n = len(pooled)
     if n == 0:
         reason = "nothing was measured"
@@ -49,9 +49,9 @@ def summarise(runs: Sequence[Sequence[float]]) -> Timing:
         tails[name] = nearest_rank(pooled, quantile) if n >= needed else None
         if n < needed:
             unknown[name] = f"{n} samples, {needed} needed"
-    interval = median_interval([median(run) for run in filled])
+    interval = median_interval([median(samples) for samples in filled])
     if interval is None:
-        unknown["ci95_p50_s"] = f"{len(filled)} runs, 6 needed"
+        unknown["ci95_p50_s"] = f"{len(filled)} process{'es' * (len(filled) > 1)}, 6 needed"
     return Timing(n, len(filled), median(pooled), tails["p95_s"], tails["p99_s"], interval, unknown)
 
 

@@ -7,7 +7,7 @@ written beside its final name and renamed, so the parent finds a whole file or n
 is the parent's to explain.
 
 The configuration (plain JSON): ``job``, ``engine`` and ``options`` (see ``engine.py``), ``threads``, ``result`` (the file to write), ``deadline_s``,
-and where an accelerator is to be read ``meter`` (``open``, the import path of ``open(device)``, and ``device``). Jobs:
+``parent`` (the process that waits for it), and where an accelerator is to be read ``meter`` (``open``, the import path of ``open(device)``, and ``device``). Jobs:
 
 * ``"latency"`` times a ``workload``;
 * ``"device-memory"`` runs it twice under the eyes of ``arena``, the import path of a context manager that knows the runtime's allocator;
@@ -17,6 +17,7 @@ and where an accelerator is to be read ``meter`` (``open``, the import path of `
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
@@ -38,6 +39,7 @@ EXIT_CODES = {"ok": 0, "error": 1, "oom": 3, "unsupported": 8}
 LATENCY = "latency"
 DEVICE_MEMORY = "device-memory"
 CONTEXT = "context"
+_PR_SET_PDEATHSIG = 1
 _OOM_WORDS = (
     "out of memory",
     "bad_alloc",
@@ -53,7 +55,9 @@ _OOM_WORDS = (
 def main(arguments: list[str]) -> int:
     """Run the job that the configuration file names; returns the exit code."""
     config = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
-    if config.get("deadline_s"):  # a worker whose parent was killed must not stay for ever
+    if config.get("parent"):
+        die_with(config["parent"])
+    if config.get("deadline_s"):  # where the system does not end it, a worker whose parent was killed must not stay for ever
         signal.alarm(math.ceil(config["deadline_s"]) + 5)
     try:
         result = {"status": "ok", "reason": None, **run_job(config)}
@@ -62,6 +66,15 @@ def main(arguments: list[str]) -> int:
         result = {"status": status_of(error), "reason": reason_of(error)}
     write_result(Path(config["result"]), result)
     return EXIT_CODES[result["status"]]
+
+
+def die_with(parent: int) -> None:
+    """On Linux this process ends with ``parent`` (prctl(2), ``PR_SET_PDEATHSIG``): left alone it would run beside the benchmark that goes on."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it died before this was asked for
+        raise SystemExit(EXIT_CODES["error"])
 
 
 def run_job(config: Mapping[str, Any]) -> dict[str, Any]:

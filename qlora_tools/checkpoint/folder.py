@@ -67,14 +67,15 @@ def check_output(dest: Path, *, force: bool = False, inputs: Iterable[Path] = ()
 
 def seal(folder: Path, manifest: manifests.Manifest) -> manifests.Manifest:
     """Write the manifest, with the hash of every other file, as the last file of ``folder``. Returns what was written."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    own = folder / manifests.FILE_NAME
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink() and path != own)
     with ThreadPoolExecutor(1) as disk:  # what has reached the disk by the time the hash is known need not be waited for later
         synced = [disk.submit(sync, path) for path in paths]
         files = {path.relative_to(folder).as_posix(): {"sha256": manifests.sha256_file(path), "bytes": path.stat().st_size} for path in paths}
         for waiting in synced:
             waiting.result()
     sealed = replace(manifest, files=files)
-    (folder / manifests.FILE_NAME).write_bytes(sealed.to_json())
+    replace_file(own, sealed.to_json())
     return sealed
 
 
@@ -145,8 +146,13 @@ def _replace(partial: Path, dest: Path) -> None:
     if _exchange(partial, dest):
         partial.rename(old)
     else:
-        dest.rename(old)
-        partial.rename(dest)
+        try:
+            dest.rename(old)
+            partial.rename(dest)
+        except BaseException:
+            if not os.path.lexists(dest):  # else its content would be left under a hidden name
+                old.rename(dest)
+            raise
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -158,5 +164,6 @@ def _exchange(first: Path, second: Path) -> bool:
 def _sync_tree(folder: Path) -> None:
     for root, _, files in os.walk(folder):
         for name in files:
-            sync(Path(root, name))
+            if not (path := Path(root, name)).is_symlink():  # what a link points to is not ours, or not there
+                sync(path)
         sync(Path(root))

@@ -31,6 +31,20 @@ def resolve_model(name: str, revision: str | None = None, files: Sequence[str] =
     return _download(repository, revision or pinned or None, files)
 
 
+def cached_model(name: str) -> Path | None:
+    """The snapshot of a hub id that is on this machine whole, as :func:`resolve_model` left it; ``None`` where that would have to download something."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    repository, _, revision = name.partition("@")
+    if not _HUB_ID.fullmatch(name) or ".." in revision:
+        return None
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(_MODEL_FILES), local_files_only=True))
+    except (HFValidationError, OSError):  # what is not there is a FileNotFoundError
+        return None
+
+
 def _download(repository: str, revision: str | None, files: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -27,6 +27,8 @@ _SHARD = re.compile(r"[\w][\w.-]*\.safetensors")
 _PICKLE = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _MAX_JSON_BYTES = 64 << 20
 _HASH_TILE_BYTES = 32 << 20
+#: How JSON spells one half of a character; two in a row are one character.
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class CheckpointReader:
@@ -36,7 +38,7 @@ class CheckpointReader:
         self.folder = folder
         if not folder.is_dir():
             raise MissingError(f"{folder} is not a folder", hint="give the folder of a checkpoint, or a hub id such as org/name")
-        self.config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+        self.config = read_json(own_file(folder / "config.json")) if (folder / "config.json").exists() else {}
         self._files = [SafetensorsFile(path) for path in _shards(folder)]
         self._owner = {name: file for file in self._files for name in file.specs}
         self.specs: Mapping[str, TensorSpec] = {name: self._owner[name].specs[name] for name in sorted(self._owner)}
@@ -79,13 +81,16 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of bounded size.
 
     Raises:
-        MissingError, CorruptError: not there; too large, not JSON or not an object.
+        MissingError, CorruptError: not there; too large, not JSON, not an object, or with text that no file can hold.
     """
     try:
         size = path.stat().st_size
         if size > _MAX_JSON_BYTES:
             raise CorruptError(f"{path} has {size} bytes, at most {_MAX_JSON_BYTES} are read", hint="this is not a configuration file")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+        if isinstance(content, dict) and _HALF.search(text):
+            _refuse_half_characters(path, content)
     except FileNotFoundError:
         raise MissingError(f"{path} is not there", hint="the checkpoint is incomplete: download or copy it again") from None
     except (ValueError, RecursionError) as error:
@@ -97,23 +102,41 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def plain_file(folder: Path, name: str, pattern: re.Pattern[str] = _SHARD) -> Path:
-    """``folder/name`` if ``name`` is a plain file name that stays in the folder.
+def _refuse_half_characters(path: Path, content: Mapping[str, Any]) -> None:
+    """JSON can spell one half of a surrogate pair, UTF-8 cannot: an output made from it could not be written, which would show after all the work.
 
-    A link is followed only inside the folder or into the ``blobs`` of the hub cache the folder belongs to.
+    Raises:
+        CorruptError: names the key.
     """
+    for key, value in content.items():
+        try:
+            json.dumps({key: value}, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise CorruptError(f"{path}: {key[:60]!r} holds half of a character (a lone surrogate)", hint="repair the text, or download it again") from None
+
+
+def own_file(path: Path) -> Path:
+    """``path`` if it is its folder's own: a link is followed only inside the folder or into the ``blobs`` of the hub cache the folder belongs to.
+
+    Raises:
+        CorruptError: a link that leaves the folder. What it points to is the reader's, not the author's, and would be copied into what is made.
+    """
+    if path.is_symlink():
+        target, home = path.resolve(), path.parent.resolve()
+        blobs = home.parent.parent / "blobs"
+        if not (target.is_relative_to(home) or (home.parent.name == "snapshots" and target.is_relative_to(blobs))):
+            raise CorruptError(f"{path} is a link that leaves the folder", hint="copy the file it points to into the folder")
+    return path
+
+
+def plain_file(folder: Path, name: str, pattern: re.Pattern[str] = _SHARD) -> Path:
+    """``folder/name`` if ``name`` is a plain file name that stays in the folder; links as in :func:`own_file`."""
     if not isinstance(name, str) or not pattern.fullmatch(name):
         raise CorruptError(
             f"{folder}: the index names the file {name!r}, expected a plain *.safetensors name",
             hint="do not use this checkpoint: its index points outside its folder",
         )
-    path = folder / name
-    if path.is_symlink():
-        target, home = path.resolve(), folder.resolve()
-        blobs = home.parent.parent / "blobs"
-        if not (target.is_relative_to(home) or (home.parent.name == "snapshots" and target.is_relative_to(blobs))):
-            raise CorruptError(f"{path} is a link that leaves the folder", hint="copy the file it points to into the folder")
-    return path
+    return own_file(folder / name)
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -136,7 +159,7 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _indexed_shards(folder: Path) -> list[Path]:
-    path = folder / INDEX
+    path = own_file(folder / INDEX)
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptError(f"{path}: `weight_map` is missing or empty", hint="download or copy it again")

@@ -162,8 +162,10 @@ def _span(path: str, name: str, value: Any) -> tuple[int, int, TensorSpec]:
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise CorruptError(f"{path}: the entry of `{name}` does not hold dtype, shape and data_offsets", hint=_BROKEN)
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if dtype not in DTYPES:
-        raise CorruptError(f"{path}: `{name}` has dtype {dtype!r}; known are {', '.join(DTYPES)}", hint="convert the checkpoint to bf16, fp16 or fp32 first")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise CorruptError(
+            f"{path}: `{name}` has dtype {str(dtype)[:40]!r}; known are {', '.join(DTYPES)}", hint="convert the checkpoint to bf16, fp16 or fp32 first"
+        )
     if not _whole_numbers(shape) or len(shape) > MAX_AXES or not _whole_numbers(offsets) or len(offsets) != 2:
         raise CorruptError(f"{path}: `{name}` has shape {shape!r} at {offsets!r}", hint=_BROKEN)
     spec = TensorSpec(name, dtype, tuple(shape))

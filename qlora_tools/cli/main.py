@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import click
 
 from qlora_tools import __version__
+from qlora_tools.cli.words import printable
 from qlora_tools.errors import QltError
 
 #: Verbs in the order in which a newcomer meets them; each is ``cli/commands/<verb>.py`` with a click command named ``command``.
@@ -30,7 +31,7 @@ VERBS = {
     "import": "Bring in an adapter of any known format as a PEFT folder.",
     "convert": "Write an adapter in another format.",
     "adapters": "List, sum, resize and compare adapters.",
-    "export": "Export an ONNX graph: fp32, int8 or int4.",
+    "export": "Export an ONNX graph: floats to 4 bits.",
     "verify": "Hold an export against its checkpoint again.",
     "generate": "Let an export continue a text, or answer.",
     "bench": "Measure latency, memory and quality of models in several settings.",
@@ -86,6 +87,8 @@ def group() -> None:
 def main() -> NoReturn:
     """Entry point of the ``qlt`` command."""
     signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # a closed terminal; under nohup it is ignored, and stays so
+        signal.signal(signal.SIGHUP, _terminate)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional package on every import
     gc.set_threshold(200_000)  # importing torch makes objects that live on; collecting them every 700 costs 0.3 s a start
     arguments = sys.argv[1:]
@@ -119,9 +122,9 @@ def report(error: BaseException, *, as_json: bool = False) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     message, hint, code = explain(error)
-    click.echo(f"error: {message}", err=True)
+    click.echo(f"error: {printable(message)}", err=True)
     if hint:
-        click.echo(f"hint: {hint}", err=True)
+        click.echo(f"hint: {printable(hint)}", err=True)
     if as_json:
         click.echo(json.dumps({"error": {"kind": type(error).__name__, "message": message, "hint": hint, "exit_code": code}}))
     return code
@@ -129,10 +132,10 @@ def report(error: BaseException, *, as_json: bool = False) -> int:
 
 def explain(error: BaseException) -> tuple[str, str | None, int]:
     """Message, hint and exit code of an exception."""
+    if isinstance(error, _Terminated) or isinstance(error.__cause__, _Terminated):  # click makes its own Abort of it
+        return "terminated; nothing was left behind", None, 143
     if isinstance(error, (KeyboardInterrupt, click.Abort)):
         return "interrupted; nothing was left behind", None, 130
-    if isinstance(error, _Terminated):
-        return "terminated; nothing was left behind", None, 143
     if isinstance(error, QltError):
         return " ".join([str(error), *(f"({note})" for note in getattr(error, "__notes__", ()))]), error.hint, error.exit_code
     if isinstance(error, MemoryError):
@@ -143,8 +146,8 @@ def explain(error: BaseException) -> tuple[str, str | None, int]:
     return f"unexpected {type(error).__name__}: {error}{notes}", "this is a bug: run again with QLT_DEBUG=1 and report the traceback", 70
 
 
-class _Terminated(BaseException):
-    """SIGTERM, raised like Ctrl-C so that everything on the way out cleans up."""
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, or the end of the terminal, raised like Ctrl-C so that everything on the way out cleans up and saves."""
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

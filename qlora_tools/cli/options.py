@@ -34,6 +34,8 @@ class Size(click.ParamType[int]):
 
 
 SIZE = Size()
+#: What a file that a verb's ``-o`` wrote says of itself: nothing else is replaced with ``--force``.
+RESULT = "qlt.result/1"
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -76,7 +78,8 @@ class Shared:
             from qlora_tools.checkpoint.folder import replace_file
             from qlora_tools.cli.main import as_plain
 
-            replace_file(self.output, f"{json.dumps(as_plain(result), indent=2, sort_keys=True)}\n".encode())
+            marked = {"schema": RESULT, **as_plain(result)}
+            replace_file(self.output, f"{json.dumps(marked, indent=2, sort_keys=True)}\n".encode())
 
     def written(self, output: Path, seconds: float) -> str:
         """The last line of a verb that writes a folder."""
@@ -107,7 +110,7 @@ def sharing(metavar: str, output_help: str, check: Callable[[Path, bool], None] 
 
 
 def check_report(path: Path, force: bool) -> None:
-    """Refuse a file that is there, unless it holds a JSON object that may be replaced.
+    """Refuse a file that is there, unless it holds a result, which ``force`` may replace.
 
     Raises:
         OutputExistsError: it is not to be written over.
@@ -119,10 +122,10 @@ def check_report(path: Path, force: bool) -> None:
     if not force:
         raise OutputExistsError(f"{path} is already there", hint="choose another file with -o, or replace it with --force")
     try:
-        ours = isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
-    except (OSError, ValueError):
-        ours = False
-    if not ours:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or found.get("schema") != RESULT:
         raise OutputExistsError(f"{path} holds no result of qlt, so --force does not replace it", hint="remove it yourself, or choose another file with -o")
 
 

@@ -8,6 +8,7 @@ nearest known one, and so are tables, and values that click would bend into shap
 from __future__ import annotations
 
 import json
+import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ from qlora_tools.errors import OutputExistsError, StorageError, UsageError
 from qlora_tools.names import nearest
 
 _MAX_BYTES = 1 << 20
+#: The first line of every recipe written here.
+_MARK = "# qlt recipe"
 #: How a command speaks and what it does this once, which is no part of a recipe.
 _NOT_IN_RECIPES = frozenset({"config", "save_config", "force", "as_json", "dry_run", "quiet", "resume", "help"})
 
@@ -73,17 +76,30 @@ def read_recipe(path: Path, command: click.Command) -> dict[str, Any]:
 def write_recipe(path: Path, values: Mapping[str, Any], *, force: bool = False) -> None:
     """Write ``values`` (option name with _ -> value; ``None`` and empty lists are left out) so that ``--config`` reads them back.
 
+    ``force`` replaces a file that this function wrote, and no other.
+
     Raises:
         OutputExistsError: the file is there. StorageError: it cannot be written.
     """
+    from qlora_tools.checkpoint.folder import replace_file
+
+    if os.path.lexists(path):
+        if not force:
+            raise OutputExistsError(f"{path} is already there", hint="choose another name, or replace it with --force")
+        if not _is_ours(path):
+            raise OutputExistsError(f"{path} does not begin with `{_MARK}`, so --force does not replace it", hint="remove it yourself, or choose another name")
     lines = [f"{name.replace('_', '-')} = {_toml(value)}" for name, value in values.items() if value is not None and value not in ((), [])]
     try:
-        with path.open("w" if force else "x", encoding="utf-8", newline="\n") as file:
-            file.write("\n".join(lines) + "\n")
-    except FileExistsError as error:
-        raise OutputExistsError(f"{path} is already there", hint="choose another name, or replace it with --force") from error
-    except (OSError, UnicodeEncodeError) as error:
-        raise StorageError(f"{path} cannot be written: {error}", hint="choose a file in a folder that you may write to") from error
+        replace_file(path, "\n".join([_MARK, *lines, ""]).encode())
+    except UnicodeEncodeError as error:
+        raise StorageError(f"{path} cannot be written: {error}", hint="give paths whose names are text in UTF-8") from error
+
+
+def _is_ours(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.readline(len(_MARK) + 2).rstrip() == _MARK.encode()
 
 
 def _keys(command: click.Command) -> dict[str, click.Option]:

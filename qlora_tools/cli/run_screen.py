@@ -49,7 +49,7 @@ class RunScreen:
     def task(self, title: str, total: float | None = None, unit: str = "") -> Iterator[Task]:
         """The run's own bar for the task ``train``; others get a bar of their own, or a row beside it while it is up."""
         if self._live is not None:
-            number = self._live.add_task(title, total=total, figures="")
+            number = self._live.add_task(printable(title), total=total, figures="")
             try:
                 yield _Row(self._live, number)
             finally:
@@ -134,7 +134,7 @@ class RunScreen:
         from rich.text import Text
 
         console = self._live.console
-        console.print(Text(text).append_text(_marked([(coloured, True)], console) if coloured else Text("")), highlight=False)
+        console.print(Text(printable(text)).append_text(_marked([(coloured, True)], console) if coloured else Text("")), highlight=False)
 
     @contextmanager
     def _bars(self) -> Iterator[Any]:
@@ -143,7 +143,7 @@ class RunScreen:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=_BAR_WIDTH),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),

@@ -2,6 +2,9 @@
 
 Bars are drawn only when standard error is a terminal; with ``-q`` or ``--json`` remarks are dropped too.
 rich is imported at the first drawing, so that help texts stay fast.
+
+Names, titles and notes come out of other people's files. Whatever is shown goes through :func:`~qlora_tools.cli.words.printable`, a pipe included, since
+what it ends in is shown later, and rich is never let to read it as markup or emoji. JSON is not changed: it spells such characters out by itself.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import Any
 
 import click
 
+from qlora_tools.cli.words import printable
 from qlora_tools.progress import SILENT, Progress, Task
 
 
@@ -35,12 +39,12 @@ class Screen:
     def say(self, text: str = "") -> None:
         """One line of the result, for people."""
         if not self.as_json and not self.quiet:
-            click.echo(text)
+            click.echo(printable(text))
 
     def remark(self, text: str) -> None:
         """One line beside the result, on standard error."""
         if not self.quiet:
-            click.echo(text, err=True)
+            click.echo(printable(text), err=True)
 
     def result(self, record: Any, text: str = "") -> None:
         """The result: JSON if asked, otherwise ``text`` (also with ``-q``, when it is all there is)."""
@@ -49,7 +53,7 @@ class Screen:
         if self.as_json:
             click.echo(json.dumps(as_plain(record), indent=2, sort_keys=True, default=str))
         elif text:
-            click.echo(text)
+            click.echo(printable(text))
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> None:
         """A table; the first ``left`` columns hold words, the others numbers."""
@@ -59,12 +63,12 @@ class Screen:
         from rich.console import Console
         from rich.table import Table
 
-        drawn = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+        drawn = Table(title=printable(title) or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
         for position, column in enumerate(columns):
             drawn.add_column(column, justify="left" if position < left else "right", overflow="fold")
         for row in rows:
-            drawn.add_row(*row)
-        Console(width=self.width, highlight=False).print(drawn)
+            drawn.add_row(*map(printable, row))
+        Console(width=self.width, highlight=False, markup=False, emoji=False).print(drawn)
 
     @property
     def width(self) -> int:
@@ -73,7 +77,7 @@ class Screen:
 
     def card(self, title: str, rows: Sequence[tuple[str, str]], *, err: bool = False) -> None:
         """What belongs together, a name and a value per row: framed on a terminal, plain lines elsewhere. ``err``: on standard error."""
-        rows = [row for row in rows if row[1]]
+        rows = [(printable(name), printable(value)) for name, value in rows if value]
         if self.quiet or (self.as_json and not err) or not rows:
             return
         stream = sys.stderr if err else sys.stdout
@@ -91,7 +95,7 @@ class Screen:
         grid = Table.grid(padding=(0, 2))
         for name, value in rows:
             grid.add_row(Text(name, style="dim"), Text(value))
-        Console(file=stream, highlight=False).print(Panel(grid, title=title, title_align="left", box=box.ROUNDED, expand=False))
+        Console(file=stream, highlight=False, markup=False, emoji=False).print(Panel(grid, title=title, title_align="left", box=box.ROUNDED, expand=False))
 
 
 class _Remarks:
@@ -103,7 +107,7 @@ class _Remarks:
             yield task
 
     def note(self, message: str) -> None:
-        click.echo(message, err=True)
+        click.echo(printable(message), err=True)
 
 
 class _Bars(_Remarks):
@@ -116,13 +120,14 @@ class _Bars(_Remarks):
         from rich.progress import Progress as RichProgress
 
         counted = (DownloadColumn(), TransferSpeedColumn()) if unit == "B" else (MofNCompleteColumn(), TextColumn(unit))
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), *counted, TimeRemainingColumn(), TextColumn("[dim]{task.fields[label]}"))
+        said, label = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[label]}", style="dim", markup=False)
+        columns = (said, BarColumn(bar_width=24), *counted, TimeRemainingColumn(), label)
         quiet_clock = unit == "runs"  # beside measured processes nothing of ours may wake up by itself
         with RichProgress(*columns, console=Console(stderr=True), transient=True, auto_refresh=not quiet_clock) as drawn:
-            number = drawn.add_task(title or "working", total=total, label="")
+            number = drawn.add_task(printable(title) or "working", total=total, label="")
 
             class Bar:
                 def advance(self, amount: float = 1, label: str = "") -> None:
-                    drawn.update(number, advance=amount, label=label[-48:], refresh=quiet_clock)
+                    drawn.update(number, advance=amount, label=printable(label)[-48:], refresh=quiet_clock)
 
             yield Bar()

@@ -13,7 +13,6 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +26,9 @@ from qlora_tools.checkpoint.logical import LogicalCheckpoint
 from qlora_tools.checkpoint.reader import tensor_sha256
 from qlora_tools.engine.run import single_threaded_blas
 from qlora_tools.errors import IncompatibleError, UnsupportedError
+from qlora_tools.live.foreign import REFUSALS, load_foreign
 from qlora_tools.live.frozen import StoredWeight, can_freeze, freeze_layer
+from qlora_tools.models.sizes import check_sizes
 from qlora_tools.names import shortened
 from qlora_tools.progress import SILENT, Progress
 from qlora_tools.quant.codec import MIN_ELEMENTS, Codec, Stored
@@ -67,8 +68,10 @@ def build_empty(checkpoint: LogicalCheckpoint, task: str, labels: Iterable[str] 
     """The model without weights (on ``meta``; its buffers are real), in eval mode. ``dtype``: what it will compute in, if not what its config says.
 
     Raises:
-        UnsupportedError: transformers has no class of its own for this model and task.
+        CorruptError: a size in config.json that no model has. UnsupportedError: transformers has no class of its own for this model and task, or its class
+        refuses the config.
     """
+    check_sizes(checkpoint.config, checkpoint.folder / "config.json")
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False, **_label_settings(tuple(labels)))
         for name in ("quantization_config", "_pre_quantization_dtype"):
@@ -76,7 +79,7 @@ def build_empty(checkpoint: LogicalCheckpoint, task: str, labels: Iterable[str] 
                 delattr(config, name)
         with init_empty_weights(include_buffers=False):
             model = _CLASSES[task].from_config(config, trust_remote_code=False, **({"dtype": dtype} if dtype else {}))
-    except (ValueError, KeyError, OSError, ImportError) as error:
+    except REFUSALS as error:
         raise UnsupportedError(
             f"{checkpoint.folder}: transformers builds no {task} model from its config.json: {str(error)[:300]}",
             hint="check `model_type` in config.json, or give --task",
@@ -298,11 +301,10 @@ def _load_by_transformers(
     """
     logging.disable_progress_bar()
     settings: dict[str, Any] = {**_label_settings(labels), "ignore_mismatched_sizes": True} if labels else {}
+    words = {"dtype": dtype, "local_files_only": True, "trust_remote_code": False, "use_safetensors": True, "output_loading_info": True}
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # a new head
-        loaded, report = _CLASSES[task].from_pretrained(
-            Path(checkpoint.folder), dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True, **settings
-        )
+        loaded, report = load_foreign(_CLASSES[task], checkpoint.folder, checkpoint.config, {**words, **settings})
     made_up = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
     fresh = sorted({_module_of(name) for name in made_up}) if task != "language" else []
     if strangers := sorted(name for name in made_up if task == "language" or checkpoint.family.role(_module_of(name)) != "head"):

@@ -12,16 +12,20 @@ def open_tokenizer(folder: Path) -> Any:
     """The tokenizer beside the weights; none of its own code is run.
 
     Raises:
-        MissingError: there is none.
+        MissingError: there is none. CorruptError: tokenizer.json is not as the library behind it reads it.
     """
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+    except (OSError, ValueError, LookupError, ImportError, TypeError, AttributeError, RecursionError) as error:
         raise MissingError(
             f"{folder} holds no tokenizer that transformers can load: {str(error)[:200]}", hint="copy the tokenizer's files beside the weights"
         ) from error
+    except Exception as error:
+        if type(error) is not Exception:  # tokenizers has no class of its own
+            raise
+        raise CorruptError(f"{folder / 'tokenizer.json'} is no tokenizer: {str(error)[:200]}", hint="copy it again from where the model is from") from error
 
 
 def read_utf8(path: Path) -> str:

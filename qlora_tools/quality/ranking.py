@@ -22,19 +22,26 @@ def comparisons(records: Records, metric: str = "kl") -> list[dict[str, Any]]:
     """Every pair of settings, better first, as plain JSON: ``a``, ``b``, ``metric``, ``effect``, ``ci95``, ``n_pairs``, ``verdict``.
 
     ``metric``: ``kl``, ``ppl``, ``top1``, and of models that look once also ``error`` and ``accuracy``; those that choose no classes are compared by ``error``
-    where ``kl`` was asked for. Only settings that separate may be ranked; see :func:`~qlora_tools.quality.intervals.compare` for the verdicts.
+    where ``kl`` was asked for. Only settings that separate may be ranked; see :func:`~qlora_tools.quality.intervals.compare` for the verdicts. Whose figure
+    is infinite, which JSON holds as ``None``, is in no pair.
     """
     if any(is_outputs(record) for record in records.values()):
         return _outputs_comparisons(records, best_metric(records.values()) if metric == "kl" else metric)
     figure = {"kl": "kl_mean", "ppl": "ppl_candidate", "top1": "top1_agreement"}[metric]
-    divergences = {name: divergence_of(record) for name, record in records.items()}
-    order = sorted(records, key=lambda name: (getattr(divergences[name], figure) * (-1 if metric == "top1" else 1), name))
+    order = _best_first(records, figure, less_is_better=metric != "top1")
+    divergences = {name: divergence_of(records[name]) for name in order}
     return [_plain(compare(a, divergences[a], b, divergences[b], metric)) for a, b in itertools.combinations(order, 2)]
 
 
 def _outputs_comparisons(records: Records, metric: str) -> list[dict[str, Any]]:
-    best_first = sorted(records, key=lambda name: (records[name][figure_of(metric)] * (-1 if metric in ("top1", "accuracy") else 1), name))
-    return [_plain(compare_outputs(a, records[a], b, records[b], metric)) for a, b in itertools.combinations(best_first, 2)]
+    order = _best_first(records, figure_of(metric), less_is_better=metric not in ("top1", "accuracy"))
+    return [_plain(compare_outputs(a, records[a], b, records[b], metric)) for a, b in itertools.combinations(order, 2)]
+
+
+def _best_first(records: Records, figure: str, *, less_is_better: bool) -> list[str]:
+    """The names of those that have the figure as a finite number."""
+    known = {name: record[figure] for name, record in records.items() if record.get(figure) is not None and math.isfinite(record[figure])}
+    return sorted(known, key=lambda name: (known[name] if less_is_better else -known[name], name))
 
 
 def _plain(result: Comparison) -> dict[str, Any]:

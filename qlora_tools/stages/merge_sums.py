@@ -2,7 +2,7 @@
 
 With W the base, D the change, W' what was stored and h half the distance between neighbouring points of the grid:
 
-* ``delta_ratio``  ||D|| / ||W||, the size of the change;
+* ``delta_ratio``  ||D|| / ||W||, the size of the change; none where W is zero throughout, as the bias of a fresh head is;
 * ``retention``    <W' - W, D> / <D, D>: the share of the change that the stored weight holds, 1 when all of it survives;
 * ``noise``        ||W' - W - D|| / ||D||: what storing added, in units of the change;
 * ``dead_zone``    ||D|| / ||h||: below about 1 rounding to the nearest point of a grid that W sits on erases most of D;
@@ -43,7 +43,7 @@ class MergeReport:
 class Retention:
     """How much of a change survived being stored; see the module's docstring."""
 
-    delta_ratio: float
+    delta_ratio: float | None
     retention: float
     noise: float
     dead_zone: float | None = None
@@ -99,7 +99,7 @@ def summarize(reports: Iterable[MergeReport]) -> Retention | None:
         return None
     weighed = total.output_square > 0
     return Retention(
-        delta_ratio=(total.delta_square / total.base_square) ** 0.5 if total.base_square else float("inf"),
+        delta_ratio=(total.delta_square / total.base_square) ** 0.5 if total.base_square else None,
         retention=total.kept_product / total.delta_square,
         noise=(total.noise_square / total.delta_square) ** 0.5,
         dead_zone=(total.delta_square / total.step_square) ** 0.5 if total.step_square else None,

@@ -278,7 +278,7 @@ def adopt(masters: Masters, tensors: Mapping[str, torch.Tensor]) -> None:
 
 @contextmanager
 def interruptions() -> Iterator[Callable[[], bool]]:
-    """Inside the block the first SIGINT or SIGTERM only raises a flag, which the yielded function reads; a later one interrupts at once.
+    """Inside the block the first SIGINT, SIGTERM or SIGHUP only raises a flag, which the yielded function reads; a later one interrupts at once.
 
     Ctrl-C on torchrun comes twice, from the terminal and from torchrun: what follows within moments is the same wish.
     """
@@ -295,7 +295,8 @@ def interruptions() -> Iterator[Callable[[], bool]]:
         elif time.monotonic() - first[0] >= SAME_WISH_SECONDS:
             raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = (number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN)  # as under nohup
+    before = {number: signal.signal(number, note) for number in heard}
     try:
         yield flag.is_set
     finally:

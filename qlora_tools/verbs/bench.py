@@ -15,7 +15,7 @@ from typing import Any
 
 from qlora_tools.bench.accelerator import Accelerators, Instruments
 from qlora_tools.bench.attempts import QualityTask
-from qlora_tools.bench.compare import MARGIN, Compared
+from qlora_tools.bench.compare import MARGIN, Compared, check_comparable
 from qlora_tools.bench.pick import Picked, parse_wishes
 from qlora_tools.bench.record import BenchRecord, Layer, Workload, read_record
 from qlora_tools.bench.run import run_bench
@@ -33,6 +33,8 @@ from qlora_tools.verbs.evaluate import ONNX_FORWARD, TORCH_FORWARD, read_text
 from qlora_tools.verbs.exporting import Given
 from qlora_tools.verbs.report import compared, picked, write_report
 
+#: Seconds that judging one setting may take at least: two models read a whole text.
+JUDGING_S = 3600.0
 __all__ = ["BenchPlan", "BenchResult", "Exported", "bench", "layers_of", "sweep"]
 
 
@@ -64,7 +66,7 @@ def bench(
     text: Path | None = None,
     labels: Path | None = None,
     workload: Workload | None = None,
-    rounds: int = 5,
+    rounds: int = 6,
     threads: int | None = None,
     timeout_s: float = 600.0,
     limits: bool = False,
@@ -105,15 +107,17 @@ def bench(
     before = read_record(Path(compare)) if compare is not None else None
     found = line_up(models, adapters=adapters, settings=settings, reference=reference, untuned=untuned, device=device, judged=quality, progress=progress)
     check_room(found, chosen)
-    dest = _destination(output, resume)
-    inputs = [Path(item.setting.path) for item in found.everything if item.setting.path and item.action == "as it is"]
+    if before is not None:  # before hours are spent, as above
+        check_comparable([item.setting for item in found.planned], chosen.cases, before, margin)
+    dest = _destination(output, resume, force)
+    inputs = [*found.inputs, *(path for path in (text, labels) if path is not None)]
     check_output(dest, force=force, inputs=inputs)
     names, plan = tuple(item.setting.id for item in found.planned), found.described(chosen, rounds)
     if dry_run:
         return BenchResult(dest, True, names, found.reference.setting.id if found.reference else None, plan, found.skipped, None)
     accelerators = Accelerators([item.setting for item in found.everything], Instruments())  # before exports hold a device themselves
     found = found.made()
-    task, ids, notes = _judging(found, quality, text, labels, quality_tokens, context)
+    task, ids, notes = _judging(found, quality, text, labels, quality_tokens, context, max(timeout_s, JUDGING_S))
     chosen = replace(chosen, ids=tuple(ids[: chosen.longest])) if ids and chosen.ids is None else chosen
     with _journal(dest, resume) as journal:
         record = run_bench(
@@ -148,12 +152,14 @@ def bench(
     )
 
 
-def _destination(output: Path | None, resume: bool) -> Path:
+def _destination(output: Path | None, resume: bool, force: bool) -> Path:
     """``output``, or a new run, or with ``resume`` the one that was interrupted.
 
     Raises:
-        MissingError: nothing was interrupted.
+        MissingError: nothing was interrupted. OutputExistsError: beginning anew would lose what an unfinished benchmark has measured.
     """
+    if not resume and output is not None and not force and (journal := journal_of(output)).exists() and journal.stat().st_size:
+        raise OutputExistsError(f"{output}: an unfinished benchmark of that name is there", hint="go on with --resume, or begin anew with --force")
     if not resume:
         return output or next_run(RUNS)
     found = output or interrupted_run(RUNS)
@@ -168,7 +174,7 @@ def _journal(dest: Path, resume: bool) -> Iterator[Path]:
     """The file that keeps what is finished. It outlives an interruption.
 
     Raises:
-        UsageError: another benchmark is writing it. Interrupted: ctrl-C.
+        UsageError: another benchmark is writing it. Interrupted: Ctrl-C or SIGTERM.
     """
     journal = journal_of(dest)
     journal.parent.mkdir(parents=True, exist_ok=True)
@@ -203,9 +209,9 @@ def _store(record: BenchRecord, dest: Path, force: bool, inputs: Sequence[Path],
 
 
 def _judging(
-    found: LineUp, quality: bool, text: Path | None, labels: Path | None, tokens: int, context: int
+    found: LineUp, quality: bool, text: Path | None, labels: Path | None, tokens: int, context: int, patience: float
 ) -> tuple[QualityTask | None, list[int], list[str]]:
-    """The task of judging quality, the tokens of the text, and why there is none of it."""
+    """The task of judging quality within ``patience`` seconds a setting, the tokens of the text, and why there is none of it."""
     if not quality:
         return None, [], ["Quality was not judged: it was not asked for."]
     if found.reference is None:
@@ -217,7 +223,7 @@ def _judging(
     if judge.engine in (ONNX_FORWARD, TORCH_FORWARD):
         from qlora_tools.verbs.evaluate_outputs import inputs_for
 
-        return QualityTask(OUTPUTS_PROBE, judge, inputs_for(folder, text=text, labels=labels, tokens=tokens, context=context)), [], []
+        return QualityTask(OUTPUTS_PROBE, judge, inputs_for(folder, text=text, labels=labels, tokens=tokens, context=context), patience), [], []
     if labels is not None:
         raise UsageError("labels are right answers for a classifier, and this model writes text", hint="leave out --labels")
     try:
@@ -225,7 +231,7 @@ def _judging(
     except MissingError as error:
         return None, [], [f"Quality was not judged: {error}"]
     options = probe_options(reading.corpus, reading.method, reading.windows)
-    return QualityTask(PROBE, judge, options), [int(token) for window in reading.windows for token in window.ids], []
+    return QualityTask(PROBE, judge, options, patience), [int(token) for window in reading.windows for token in window.ids], []
 
 
 def _layers(found: LineUp) -> list[Layer]:

@@ -18,6 +18,14 @@ def unique_names(folders: Sequence[Path]) -> dict[Path, str]:
     return {folder: "/".join(found[-depth:]) for folder, found in parts.items()}
 
 
+def subject_names(names: Sequence[str], folders: Sequence[Path]) -> list[str]:
+    """``names`` of models in ``folders``; where two are the same, the folders' shortest tails that differ."""
+    if len(set(names)) == len(names):
+        return list(names)
+    tails = unique_names(folders)
+    return [tails[folder] for folder in folders]
+
+
 def short_labels(names: Sequence[str]) -> list[str]:
     """Names without the words that all of them begin with: ``fp32`` and ``int8`` for ``base-tuned-r16-fp32`` and ``base-tuned-r16-int8``."""
     words = [name.split("-") for name in names]

@@ -16,8 +16,9 @@ from qlora_tools.bench.rows import weight_file_bytes
 from qlora_tools.checkpoint.hub import resolve_model
 from qlora_tools.errors import UsageError
 from qlora_tools.manifest import Manifest, read_manifest
+from qlora_tools.names import slug
 from qlora_tools.progress import SILENT, Progress
-from qlora_tools.verbs.bench_names import short_labels, unique_names
+from qlora_tools.verbs.bench_names import short_labels, subject_names
 from qlora_tools.verbs.bench_settings import DEFAULT, Planned, Subject, check_names
 from qlora_tools.verbs.evaluate import ONNX_FORWARD, TORCH_FORWARD, engine_of, positions_of
 from qlora_tools.verbs.exporting import Given
@@ -76,6 +77,13 @@ class LineUp:
         return (*self.planned, self.reference)
 
     @property
+    def inputs(self) -> tuple[Path, ...]:
+        """Everything that is read, or will lie there to be read: models, adapters and the folders of their exports."""
+        run = [Path(found.setting.path) for found in self.everything if found.setting.path]
+        subjects = [found.subject for found in self.everything if found.subject is not None]
+        return tuple(dict.fromkeys((*run, *(folder for subject in subjects for folder in subject.drawn.folders))))
+
+    @property
     def exports(self) -> tuple[Exported, ...]:
         """Of the given checkpoints, as far as they are there; who judges comes first."""
         made: dict[Path, Exported] = {}
@@ -129,20 +137,27 @@ def line_up(
     folders, skipped = _folders(models)
     place = _device(device, folders)
     names = check_names(settings or (DEFAULT,), place) if settings or adapters else ()
-    checkpoints = [name for name, folder in folders if not is_export(folder)]
+    checkpoints = {name: folder for name, folder in folders if not is_export(folder)}
     if names and not checkpoints:
         raise UsageError(
             "settings are made of a checkpoint, and these are exports, which are measured as they are", hint="give the model, or leave out --settings"
         )
     if adapters and len(checkpoints) != 1:
         raise UsageError(f"adapters are put on one base, and {len(checkpoints)} checkpoints were given", hint="give the base alone")
-    subjects = [Subject(name, adapters, place, progress=progress) for name in checkpoints] if names else []
+    subjects = _subjects(checkpoints, adapters, place, progress) if names else []
     as_they_are = [folder for name, folder in folders if is_export(folder) or not names]
     planned = [*as_is(as_they_are, place), *(found for subject in subjects for found in subject.plan(names))]
     before = subjects[0].untuned() if adapters else None
     unique = _labelled(_once([*planned, *([before] if before is not None else [])]), alone=len(subjects) == 1 and not as_they_are)
     judge = _judge(reference, unique, subjects, place) if judged else None
     return LineUp(tuple(unique), judge, _untuned(untuned, before, unique), skipped)
+
+
+def _subjects(checkpoints: Mapping[str | Path, Path], adapters: Given, device: str, progress: Progress) -> list[Subject]:
+    """One subject for each model, each with a name of its own: exports lie in folders of these names."""
+    names = [slug(folder_name(folder)) for folder in checkpoints.values()]
+    called: list[str | None] = [*subject_names(names, list(checkpoints.values()))] if len(set(names)) < len(names) else [None] * len(names)
+    return [Subject(model, adapters, device, called=name, progress=progress) for model, name in zip(checkpoints, called, strict=True)]
 
 
 def check_room(found: LineUp, workload: Workload) -> None:
@@ -194,8 +209,7 @@ def as_is(folders: Sequence[Path], device: str) -> list[Planned]:
     Raises:
         MissingError: one is neither.
     """
-    names = [folder_name(folder) for folder in folders]
-    ids = names if len(set(names)) == len(names) else list(unique_names(folders).values())
+    ids = subject_names([folder_name(folder) for folder in folders], folders)
     return [_as_it_is(folder, device, name) for folder, name in zip(folders, ids, strict=True)]
 
 

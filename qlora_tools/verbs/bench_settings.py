@@ -32,7 +32,7 @@ from qlora_tools.verbs.export import export
 from qlora_tools.verbs.exporting import Drawn, Given, open_drawn
 from qlora_tools.verbs.merge import merge
 from qlora_tools.verbs.opening import readable_manifest
-from qlora_tools.verbs.origins import changed
+from qlora_tools.verbs.origins import from_one_place, same_inputs
 from qlora_tools.verbs.quantize import base_codec
 
 #: Names of transformers' settings: dtype and quantization on loading.
@@ -105,22 +105,23 @@ class Subject:
         *,
         exports: Path = Path("exports"),
         merged: Path = Path("checkpoints"),
+        called: str | None = None,
         progress: Progress = SILENT,
     ) -> None:
-        """Reads headers only.
+        """Reads headers only. ``called``: what tells it from other models, where its folder's name does not.
 
         Raises:
             What opening a checkpoint or reading an adapter for it raises.
         """
         self.model, self.adapters, self.device = model, [(path, float(weight)) for path, weight in adapters], device
-        self._exports, self._merged, self._progress = exports, merged, progress
+        self._exports, self._merged, self._called, self._progress = exports, merged, called, progress
         self._tried: dict[Path, Exception | None] = {}
         self._words: dict[str, Any] = {"base": model, "adapters": self.adapters} if self.adapters else {"model": model}
         self.drawn: Drawn = open_drawn(None if self.adapters else model, model if self.adapters else None, self.adapters, (), (), None, True, progress)
 
     @property
     def name(self) -> str:
-        return slug(self.drawn.name.replace("+", "-"))
+        return slug(self._called or self.drawn.name.replace("+", "-"))
 
     @property
     def checkpoint(self) -> Path:
@@ -259,13 +260,15 @@ class Subject:
         raise UsageError(f"{folder} and {_FOLDERS} names like it are taken", hint="remove exports that are not needed any more")
 
     def _changed(self, manifest: Manifest, place: Path) -> bool | None:
-        """False where ``manifest`` names the inputs of this subject, True where it names them as they were, ``None`` where it names others."""
-        given = self.drawn.inputs(place)
-        if manifest.inputs.keys() != given.keys() or any(manifest.inputs[role].get("name") != entry["name"] for role, entry in given.items()):
+        """False where ``manifest`` names the inputs of this subject, True where it names them as they were, ``None`` where it names others: two models
+        may have one name, and only what lies, or lay, in the same place is an older state of the same."""
+        given, recorded = self.drawn.inputs(place), manifest.inputs
+        if recorded.keys() != given.keys() or any(recorded[role].get("name") != entry["name"] for role, entry in given.items()):
             return None
-        told = all(entry.keys() & manifest.inputs[role].keys() & {"content_sha256", "sha256"} for role, entry in given.items())
-        same_code = manifest.versions.get("qlora-tools") == library_versions().get("qlora-tools")
-        return not (told and same_code and all(changed(role, manifest.inputs[role], entry) is None for role, entry in given.items()))
+        same = same_inputs(recorded, given)
+        if same and manifest.versions.get("qlora-tools") == library_versions().get("qlora-tools"):
+            return False
+        return True if same or all(from_one_place(recorded[role], entry) for role, entry in given.items()) else None
 
     def _is_export(self, manifest: Manifest, scheme: str) -> bool:
         """Whether the folder was made the way this benchmark would make it, of whatever inputs."""

@@ -8,6 +8,7 @@ allocator's; what the driver takes for its context comes on top, and none of the
 
 from __future__ import annotations
 
+import reprlib
 import shutil
 import tempfile
 import time
@@ -23,11 +24,12 @@ import torch
 
 from qlora_tools.checkpoint.hub import resolve_config
 from qlora_tools.checkpoint.logical import LogicalCheckpoint
-from qlora_tools.errors import UnsupportedError, UsageError
+from qlora_tools.checkpoint.reader import read_json
+from qlora_tools.errors import CorruptError, UnsupportedError, UsageError
 from qlora_tools.live.base import build_empty
 from qlora_tools.live.generation import trace_generation
 from qlora_tools.live.outline import outline
-from qlora_tools.manifest import canonical_json
+from qlora_tools.models.sizes import check_sizes
 from qlora_tools.progress import SILENT, Progress
 from qlora_tools.stages.quantize import plan_quantize
 from qlora_tools.training.config import TrainConfig
@@ -37,7 +39,7 @@ from qlora_tools.training.lora import choose_modules, rank_of
 from qlora_tools.verbs.fitting import Candidate, Fit, by_use, fit
 from qlora_tools.verbs.graph_memory import Graph, graph_models
 from qlora_tools.verbs.measured_memory import Measured, measured_memory
-from qlora_tools.verbs.opening import folder_name, is_export
+from qlora_tools.verbs.opening import config_json, folder_name, is_export
 from qlora_tools.verbs.published import Published, published_for
 from qlora_tools.verbs.quantize import base_codec
 from qlora_tools.verbs.training_memory import adapter_of, codec_of
@@ -142,7 +144,12 @@ def estimate(
 
 @contextmanager
 def _folder(config: Path) -> Iterator[Path]:
-    """A folder that holds ``config`` as config.json."""
+    """A folder that holds ``config`` as config.json.
+
+    Raises:
+        CorruptError: not JSON, or sizes that no model has; it names the file that was given.
+    """
+    check_sizes(read_json(config), config)
     if config.name == "config.json":
         yield config.parent
         return
@@ -158,14 +165,21 @@ def _shallow(checkpoint: LogicalCheckpoint, layers: int) -> Iterator[LogicalChec
     if config.get("layer_types"):
         config["layer_types"] = config["layer_types"][:layers]
     with tempfile.TemporaryDirectory() as text:
-        (Path(text) / "config.json").write_bytes(canonical_json(config))
+        (Path(text) / "config.json").write_bytes(config_json(config))
         yield outline(Path(text))
 
 
 def _period(config: Mapping[str, Any]) -> int:
-    """After how many layers their kinds come again; all of them where they do not."""
+    """After how many layers their kinds come again; all of them where they do not.
+
+    Raises:
+        CorruptError: kinds of layers that are no list.
+    """
     layers = int(config.get("num_hidden_layers") or 1)
-    kinds = list(config.get("layer_types") or [None] * layers)[:layers]
+    kinds = config.get("layer_types") or [None] * layers
+    if not isinstance(kinds, list):
+        raise CorruptError(f"config.json: `layer_types` is {reprlib.repr(kinds)}, expected a list", hint="take the config.json of the model itself")
+    kinds = kinds[:layers]
     return next(period for period in range(1, layers + 1) if all(kind == kinds[index % period] for index, kind in enumerate(kinds)))
 
 

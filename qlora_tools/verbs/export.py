@@ -18,16 +18,16 @@ from qlora_tools.checkpoint.statistics import Statistics
 from qlora_tools.errors import UnsupportedError, UsageError
 from qlora_tools.export.decoder.branches import Branches, Factors
 from qlora_tools.export.decoder.export import DecoderExport, plan_export, write_graph
-from qlora_tools.export.decoder.genai import write_genai_config
+from qlora_tools.export.decoder.genai import check_genai_config, write_genai_config
 from qlora_tools.export.onnx_adapter import file_of
 from qlora_tools.export.schemes import FLOATS, NAMES, Scheme, scheme_of, target_for
 from qlora_tools.export.target import COMPUTE, Target
-from qlora_tools.manifest import Manifest, canonical_json
+from qlora_tools.manifest import Manifest
 from qlora_tools.names import slug
 from qlora_tools.progress import SILENT, Progress
 from qlora_tools.verbs.calibrate import BUILTIN, SELF
 from qlora_tools.verbs.exporting import Drawn, Given, open_drawn
-from qlora_tools.verbs.opening import copy_side_files, resolve_device
+from qlora_tools.verbs.opening import config_json, copy_side_files, given_paths, resolve_device, side_paths
 from qlora_tools.verbs.origins import describe_calibration
 
 if TYPE_CHECKING:
@@ -127,10 +127,16 @@ def export(
     drawn = open_drawn(model, base, adapters, keep, branch, target, residual, progress)
     asked = replace(_request(scheme, dtype, device, standard, task), head_bits=head_bits)
     dest = output or Path("exports") / slug(f"{drawn.name.replace('+', '-')}-{asked.scheme}")
-    check_output(dest, force=force, inputs=drawn.folders)
+    inputs = [*drawn.folders, *given_paths(calib)]
+    check_output(dest, force=force, inputs=inputs)
+    side_paths(drawn.side_files)
     if calib is not None and asked.chosen.carried in FLOATS:
         raise UsageError(f"{asked.scheme} weights are not rounded, so there is nothing to calibrate", hint="leave --calib out, or export with --int4 or --int8")
+    if drawn.merged is not None:
+        drawn.merged.check_asked(calib=calib)
     planned = plan_graph(drawn, asked, None, progress)
+    if isinstance(planned, DecoderExport):
+        check_genai_config(planned, drawn.config, drawn.side_files)
     if calib is not None and not isinstance(planned, DecoderExport):
         from qlora_tools.verbs.export_traced import check_calibration
 
@@ -140,7 +146,7 @@ def export(
         with _statistics(drawn.checkpoint, calib, dest, progress) as statistics:
             if statistics is not None:
                 planned = plan_graph(drawn, asked, statistics, progress)
-            with output_folder(dest, force=force, inputs=drawn.folders) as folder:
+            with output_folder(dest, force=force, inputs=inputs) as folder:
                 made = _write(planned, drawn, folder, verify, progress)
                 seal(folder, _manifest(planned, drawn, asked, made, (calib, statistics), dest))
     return _result(planned, drawn, asked, made, dest, dry_run, time.perf_counter() - began)
@@ -213,7 +219,7 @@ def _statistics(checkpoint: LogicalCheckpoint, calib: str | Path | None, dest: P
 
 def _write(planned: DecoderExport | Traced, drawn: Drawn, folder: Path, verify: bool, progress: Progress) -> _Made:
     """The graph and all that lies beside it; with ``verify``, checked. Only the check needs ONNX Runtime, which is slow to load."""
-    (folder / "config.json").write_bytes(canonical_json(dict(drawn.config)))
+    (folder / "config.json").write_bytes(config_json(drawn.config))
     copy_side_files(drawn.side_files, folder)
     if isinstance(planned, DecoderExport):
         return _write_decoder(planned, drawn, folder, verify, progress)
@@ -249,7 +255,7 @@ def _manifest(
         command |= {"calib": str(calib)}
     elif calib is not None:
         inputs["calibration"] = describe_calibration(Path(calib), dest)
-    report: dict[str, Any] = {"parity": asdict(made.parity) if made.parity else None}
+    report: dict[str, Any] = {"parity": asdict(made.parity) if made.parity else None, **(drawn.merged.report if drawn.merged else {})}
     command |= {"kept": sorted(branches_of(planned).kept)}
     report |= {"adapters": {name: {"parity": asdict(found)} for name, found in made.with_adapter.items()}} if made.with_adapter else {}
     if not isinstance(planned, DecoderExport):

@@ -13,15 +13,17 @@ from typing import Any
 
 from qlora_tools.adapters.copies import bound_without_copies
 from qlora_tools.adapters.merged import MergedSource, base_fingerprint
-from qlora_tools.adapters.peft_files import read_adapter
 from qlora_tools.checkpoint.logical import LogicalCheckpoint
+from qlora_tools.checkpoint.renamed import as_stored
 from qlora_tools.engine.plan import Source
-from qlora_tools.errors import UsageError
+from qlora_tools.errors import UnsupportedError, UsageError
 from qlora_tools.export.decoder.branches import Beside
 from qlora_tools.export.onnx_adapter import adapter_names
+from qlora_tools.models.sizes import check_sizes
+from qlora_tools.names import shortened
 from qlora_tools.progress import Progress
 from qlora_tools.verbs.merge_branch import branch_of
-from qlora_tools.verbs.merging import Merged, open_merged
+from qlora_tools.verbs.merging import Merged, bound_to, open_merged
 from qlora_tools.verbs.opening import folder_name, open_model, plain_config
 from qlora_tools.verbs.origins import describe_adapter, describe_checkpoint
 from qlora_tools.verbs.quantize import codec_for
@@ -45,7 +47,7 @@ class Part:
 @dataclass(frozen=True)
 class Drawn:
     """The tensors, the config and a name. ``checkpoint``: itself, or the base. ``target``, ``simulated``: of what is merged, as in
-    :class:`~qlora_tools.verbs.merging.Merged`. ``branch``: the folder of the residual branch that came along unasked."""
+    :class:`~qlora_tools.verbs.merging.Merged`. ``branch``: the folder of the residual branch that came along unasked. ``merged``: what adapters made of it."""
 
     source: Source
     checkpoint: LogicalCheckpoint
@@ -56,6 +58,7 @@ class Drawn:
     target: str | None = None
     simulated: str | None = None
     branch: Path | None = None
+    merged: Merged | None = None
 
     @property
     def side_files(self) -> Path:
@@ -68,7 +71,7 @@ class Drawn:
 
     def inputs(self, dest: Path) -> dict[str, dict[str, str]]:
         """What the manifest of ``dest`` says about them: ``model``, or ``base`` and ``adapter``, ``adapter1``, ..., and ``branch``."""
-        found = {"base" if self.adapters else "model": describe_checkpoint(self.checkpoint, dest)}
+        found = {"base" if self.adapters else "model": describe_checkpoint(as_stored(self.checkpoint), dest)}
         found |= {role: describe_adapter(part.folder, dest) for role, part in zip(self.roles, self.adapters, strict=True)}
         return found | ({"branch": describe_adapter(self.branch, dest)} if self.branch else {})
 
@@ -95,9 +98,11 @@ def open_drawn(
         raise UsageError("adapters are merged into a base", hint="give the model as --base")
     chosen = str(base if model is None else model)
     if merge or keep or fixed:
-        drawn = _with_adapters(open_merged(chosen, [*merge, *keep, *fixed], target, codec_for("nf4"), progress), len(merge), len(keep))
+        opened = open_merged(chosen, [*merge, *keep, *fixed], target, codec_for("nf4"), progress, new_head=True)
+        drawn = _with_adapters(opened, len(merge), len(keep))
     else:
         drawn = _alone(open_model(chosen, progress))
+    check_sizes(drawn.config, drawn.checkpoint.folder / "config.json")
     return _with_residual(drawn) if residual else drawn
 
 
@@ -107,9 +112,15 @@ def _alone(checkpoint: LogicalCheckpoint) -> Drawn:
 
 def _with_adapters(opened: Merged, merged: int, kept: int) -> Drawn:
     """The first ``merged`` adapters go into the weights, the next ``kept`` become inputs, the others stored branches."""
-    checkpoint, folders = opened.checkpoint, opened.adapter_folders
-    source = MergedSource(opened.base, opened.adapters[:merged], ties=checkpoint.ties, fingerprint=base_fingerprint(checkpoint))
-    into = Merged(checkpoint, opened.base, source, opened.adapters[:merged], folders[:merged], opened.target, opened.simulated)
+    checkpoint, folders, head = opened.checkpoint, opened.adapter_folders, opened.head
+    if head is not None and head.adapter in folders[merged:]:
+        raise UnsupportedError(
+            f"adapter {head.adapter} brings {shortened(head.added)}, which the base does not have, and cannot be kept beside a graph",
+            hint="merge it: qlt export --base BASE --adapter DIR --merge",
+        )
+    added = head.added if head else {}
+    source = MergedSource(opened.base, opened.adapters[:merged], ties=checkpoint.ties, fingerprint=base_fingerprint(checkpoint), added=added)
+    into = Merged(checkpoint, opened.base, source, opened.adapters[:merged], folders[:merged], opened.target, opened.simulated, head)
     last = merged + kept
     names = adapter_names([folder_name(folder) for folder in folders[merged:last]])
     apart = [(bound_without_copies(adapter, checkpoint, checkpoint.ties), weight) for adapter, weight in opened.adapters[merged:]]
@@ -117,13 +128,13 @@ def _with_adapters(opened: Merged, merged: int, kept: int) -> Drawn:
     uses = [MERGED] * merged + [KEPT] * kept + [FIXED] * (len(folders) - last)
     parts = tuple(Part(folder, weight, use) for folder, (_, weight), use in zip(folders, opened.adapters, uses, strict=True))
     codec = opened.simulated.name if opened.simulated else None
-    return Drawn(source, checkpoint, into.config, into.name, parts, beside, opened.target, codec)
+    return Drawn(source, checkpoint, into.config, into.name, parts, beside, opened.target, codec, merged=into)
 
 
 def _with_residual(drawn: Drawn) -> Drawn:
-    folder = branch_of(drawn.checkpoint)
+    folder = branch_of(as_stored(drawn.checkpoint))
     if folder is None or folder.resolve() in {part.folder.resolve() for part in drawn.adapters}:
         return drawn
-    adapter = read_adapter(folder, drawn.checkpoint.specs, drawn.checkpoint.family, ties=drawn.checkpoint.ties)
+    adapter = bound_to(drawn.checkpoint, folder)
     MergedSource(drawn.checkpoint, [(adapter, 1.0)], fingerprint=base_fingerprint(drawn.checkpoint))  # refuses a branch of other weights
     return replace(drawn, beside=Beside(drawn.beside.kept, (*drawn.beside.fixed, (adapter, 1.0))), branch=folder)

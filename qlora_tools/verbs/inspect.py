@@ -13,7 +13,7 @@ from qlora_tools.checkpoint.hub import resolve_model
 from qlora_tools.checkpoint.logical import LogicalCheckpoint, open_checkpoint
 from qlora_tools.checkpoint.reader import read_json
 from qlora_tools.checkpoint.safetensors_file import SafetensorsFile
-from qlora_tools.errors import MissingError, UnsupportedError
+from qlora_tools.errors import CorruptError, MissingError, UnsupportedError
 from qlora_tools.manifest import Manifest, read_manifest
 from qlora_tools.names import natural_key, split_tensor
 from qlora_tools.specs import TensorSpec
@@ -62,7 +62,8 @@ def inspect(*, path: str | Path) -> Inspection:
         return _export(folder, made_by)
     if (folder / "bench.json").exists():
         content = read_json(folder / "bench.json")
-        return Inspection(folder, "bench", {"schema": content.get("schema"), "rows": len(content.get("rows", []))}, made_by=made_by)
+        rows = content.get("rows")
+        return Inspection(folder, "bench", {"schema": content.get("schema"), "rows": len(rows) if isinstance(rows, list) else 0}, made_by=made_by)
     return _checkpoint(open_checkpoint(folder), made_by)
 
 
@@ -108,10 +109,8 @@ def _adapter(folder: Path, manifest: Manifest | None, made_by: Mapping[str, Any]
 
 
 def _export(folder: Path, made_by: Mapping[str, Any]) -> Inspection:
-    import onnx
-
     graphs = sorted(folder.glob("*.onnx"))
-    model = onnx.load(graphs[0], load_external_data=False)
+    model = read_graph(graphs[0])
     ops = Counter(f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in model.graph.node)
     facts = {
         "graph": graphs[0].name,
@@ -122,6 +121,24 @@ def _export(folder: Path, made_by: Mapping[str, Any]) -> Inspection:
         "file_bytes": sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
     }
     return Inspection(folder, "export", facts, made_by=made_by)
+
+
+def read_graph(path: Path) -> Any:
+    """A graph file as onnx's ``ModelProto``, without the weights beside it.
+
+    Raises:
+        MissingError: no such file. CorruptError: it holds no graph, or a part of one.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    if not path.is_file():
+        raise MissingError(f"{path} is not there", hint="the export is incomplete: make it again, or copy it again")
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except DecodeError as error:
+        raise CorruptError(f"{path} is not a whole ONNX graph: {error}", hint="export it again, or copy it again") from error
+    return model
 
 
 def _groups(specs: Mapping[str, TensorSpec], role: Any, stored: Mapping[str, tuple[str, int]]) -> tuple[Group, ...]:

@@ -34,7 +34,7 @@ from qlora_tools.stages.merge_units import Directions, MomentsOf, OnGrid, Requan
 from qlora_tools.stages.quantize import quantization_config
 from qlora_tools.verbs.merge_branch import branch_folder, write_branch
 from qlora_tools.verbs.merging import TARGETS, Merged, open_merged
-from qlora_tools.verbs.opening import resolve_device
+from qlora_tools.verbs.opening import given_paths, resolve_device, side_paths
 from qlora_tools.verbs.quantize import codec_for
 from qlora_tools.verbs.saving import save_checkpoint
 
@@ -77,6 +77,12 @@ class MergeConfig:
         if self.branch_rank < 1:
             raise UsageError(f"a branch of rank {self.branch_rank} is none", hint="give --branch-rank 1 or more")
 
+    @property
+    def paths(self) -> list[Path]:
+        """The texts, statistics and models named here that lie on this machine: inputs."""
+        heal = (self.heal.text, self.heal.teacher) if self.heal is not None else ()
+        return given_paths(self.calib, self.text, *heal)
+
 
 @dataclass(frozen=True)
 class TensorRetention:
@@ -84,7 +90,7 @@ class TensorRetention:
 
     name: str
     retention: float
-    delta_ratio: float
+    delta_ratio: float | None
     dead_zone: float | None = None
     output_retention: float | None = None
 
@@ -167,13 +173,15 @@ def merge(
     if not adapters:
         raise UsageError("no adapter to merge", hint="give one with --adapter")
     codec = codec_for(scheme) if scheme else None
-    merged = open_merged(base, adapters, config.target, codec or codec_for("nf4"), progress, anyway=config.anyway)
+    merged = open_merged(base, adapters, config.target, codec or codec_for("nf4"), progress, anyway=config.anyway, new_head=True)
+    merged.check_asked(calib=config.calib, text=config.text, heal=config.heal)
     ready = _prepare(merged, codec, config)
     dest = output or Path("checkpoints") / slug(merged.name.replace("+", "-") + (f"-{scheme}" if scheme else "-merged"))
-    inputs = [merged.checkpoint.folder, *merged.adapter_folders]
+    inputs = [merged.checkpoint.folder, *merged.adapter_folders, *config.paths]
     check_output(dest, force=force, inputs=inputs)
     if config.method == "residual":
         check_output(branch_folder(dest), force=force, inputs=inputs)
+    side_paths(merged.checkpoint.folder)
     plan, reports, healed, gain, branch = ready.plan(), [], None, None, None
     if not dry_run:
         place = resolve_device(device)
@@ -183,7 +191,7 @@ def merge(
             source, healed = heal(merged, ready.storing, config.heal, device=place, progress=progress)
             ready = ready.with_healed(source)
         weights = [weight for _, weight in adapters]
-        reports = _save(ready, config, dest, healed=healed, weights=weights, force=force, device=place, progress=progress)
+        reports = _save(ready, config, dest, inputs, healed=healed, weights=weights, force=force, device=place, progress=progress)
         if found := branches(reports):
             branch = write_branch(found, merged, dest, force=force, inputs=inputs)
         if config.text is not None:
@@ -244,6 +252,7 @@ def _save(
     ready: _Ready,
     config: MergeConfig,
     dest: Path,
+    inputs: Sequence[Path],
     *,
     healed: Healed | None,
     weights: list[float],
@@ -266,7 +275,9 @@ def _save(
         }
         command |= {"calib": Path(config.calib).name} if config.calib is not None else {}
         command |= {"heal": config.heal.record()} if config.heal is not None else {}
-        return Manifest("checkpoint", command, inputs=merged.inputs(dest), report={**_report(sums), **({"healed": asdict(healed)} if healed else {})})
+        return Manifest(
+            "checkpoint", command, inputs=merged.inputs(dest), report={**_report(sums), **merged.report, **({"healed": asdict(healed)} if healed else {})}
+        )
 
     with _statistics(ready, config, dest, device, progress) as stats:
         sources: dict[str, Source] = {"model": merged.source, "base": merged.base, **ready.sources}
@@ -280,7 +291,7 @@ def _save(
             side_files=merged.checkpoint.folder,
             manifest=manifest,
             force=force,
-            inputs=[merged.checkpoint.folder, *merged.adapter_folders],
+            inputs=inputs,
             device=device,
             title="merge",
             progress=progress,

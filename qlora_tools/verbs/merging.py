@@ -9,7 +9,7 @@ that correction in its factors; on the original weights it would count twice.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,18 @@ from qlora_tools.adapters.adapter import Adapter
 from qlora_tools.adapters.merged import MergedSource, base_fingerprint
 from qlora_tools.adapters.peft_files import read_adapter
 from qlora_tools.checkpoint.logical import LogicalCheckpoint
+from qlora_tools.checkpoint.renamed import RenamedCheckpoint, as_stored
 from qlora_tools.engine.plan import Source
-from qlora_tools.errors import MissingError, UsageError
+from qlora_tools.errors import IncompatibleError, MissingError, UsageError
 from qlora_tools.manifest import read_manifest
+from qlora_tools.names import split_tensor
 from qlora_tools.progress import Progress
 from qlora_tools.quant.codec import Codec
 from qlora_tools.quant.int8 import Int8
 from qlora_tools.quant.nf4 import NF4
 from qlora_tools.specs import TensorSpec, spec_of
 from qlora_tools.stages.quantize import quantized_names, stored_spec
+from qlora_tools.verbs.heads import Head, labelled, labels_of, live_names, with_head
 from qlora_tools.verbs.opening import folder_name, open_model, plain_config
 from qlora_tools.verbs.origins import describe_adapter, describe_checkpoint
 
@@ -40,7 +43,7 @@ _CORRECTING = {"method": ("loftq", "qera"), "init": ("loftq", "qera"), "objectiv
 @dataclass(frozen=True)
 class Merged:
     """A merged model ready to be stored: ``source`` is merged, ``base`` what it was merged onto. ``simulated``: the codec that a 16-bit checkpoint was put
-    through to get there."""
+    through to get there. ``head``: the one that an adapter brings; ``checkpoint`` is then named as its class names tensors."""
 
     checkpoint: LogicalCheckpoint
     base: Source
@@ -49,6 +52,7 @@ class Merged:
     adapter_folders: tuple[Path, ...]
     target: str
     simulated: Codec | None = None
+    head: Head | None = None
 
     @property
     def name(self) -> str:
@@ -57,8 +61,10 @@ class Merged:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The merged model's config.json: untied where the adapter parted a tied pair, with the vocabulary it now has."""
+        """The merged model's config.json: untied where the adapter parted a tied pair, with the vocabulary and the classes it now has."""
         config = plain_config(self.checkpoint.config)
+        if labels := self._new_labels():
+            config = labelled(config, labels)
         if self.source.untied:
             config["tie_word_embeddings"] = False
         for name, spec in self.source.specs.items():
@@ -67,10 +73,33 @@ class Merged:
                 config["vocab_size"] = spec.shape[0]
         return config
 
+    def _new_labels(self) -> tuple[str, ...]:
+        """Classes that a head of the base's own size was trained to tell apart; a new head's are in the checkpoint's config."""
+        found = {labels_of(folder) for folder in self.adapter_folders} - {()}
+        if self.head is not None or len(found) != 1:
+            return ()
+        labels, role = found.pop(), self.checkpoint.family.role
+        replaced = (part for adapter, _ in self.adapters for name, part in adapter.replacements.items() if role(split_tensor(name)[0]) == "head")
+        return labels if any(part.spec.shape[:1] == (len(labels),) for part in replaced) else ()
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What a manifest says about a head that the base did not have."""
+        return {"head": self.head.record()} if self.head else {}
+
+    def check_asked(self, **asked: object) -> None:
+        """Raises UsageError where one of ``asked`` (option -> its value) needs the base to run, and its head comes with the adapter."""
+        named = [f"--{option}" for option, value in asked.items() if value is not None]
+        if self.head is not None and named:
+            raise UsageError(
+                f"{', '.join(named)} would run {self.checkpoint.folder}, which has not the head that {self.head.adapter} brings",
+                hint="merge it dense first, then go on with the merged checkpoint: qlt merge, then qlt quantize or qlt export",
+            )
+
     def inputs(self, dest: Path) -> dict[str, dict[str, str]]:
         """What the manifest of ``dest`` says about base and adapters."""
         adapters = {f"adapter{number or ''}": describe_adapter(folder, dest) for number, folder in enumerate(self.adapter_folders)}
-        return {"base": describe_checkpoint(self.checkpoint, dest), **adapters}
+        return {"base": describe_checkpoint(as_stored(self.checkpoint), dest), **adapters}
 
 
 def open_merged(
@@ -81,18 +110,23 @@ def open_merged(
     progress: Progress,
     *,
     anyway: bool = False,
+    new_head: bool = False,
 ) -> Merged:
     """Read the base and its adapters from headers and check that they fit.
 
     ``target=None``: ``trained`` for a quantized base and for adapters that correct a quantized one, else ``original``. ``simulate`` is the codec of the
     round trip when ``trained`` is wanted on a 16-bit base and no adapter says which one it was trained on. ``anyway``: do not refuse what counts a correction twice.
+    ``new_head``: take a head that the base does not have from an adapter that brings it (``verbs/heads.py``); else such an adapter does not fit.
 
     Raises:
-        UsageError: ``original`` is asked of a quantized base, or of an adapter that corrects a quantized one. And what ``read_adapter`` and
+        UsageError: ``original`` is asked of a quantized base, or of an adapter that corrects a quantized one. And what ``with_head``, ``read_adapter`` and
         ``MergedSource`` raise.
     """
-    checkpoint = open_model(base, progress)
+    opened = open_model(base, progress)
     folders = tuple(adapter_folder(path) for path, _ in adapters)
+    checkpoint, head = with_head(opened, folders) if new_head else (opened, None)
+    if head is not None:
+        progress.note(head.note)
     correcting = next((said for folder in folders if (said := correction(folder))), None)
     target = target or ("trained" if checkpoint.quantized or correcting else "original")
     if target == "original" and checkpoint.quantized:
@@ -106,10 +140,44 @@ def open_merged(
         )
     simulated = None if target == "original" or checkpoint.quantized else next((codec for folder in folders if (codec := trained_on(folder))), simulate)
     view: Source = RoundTripped(checkpoint, simulated) if simulated else checkpoint
-    read = (read_adapter(folder, view.specs, checkpoint.family, ties=checkpoint.ties) for folder in folders)
-    bound = tuple((adapter, weight) for adapter, (_, weight) in zip(read, adapters, strict=True))
-    source = MergedSource(view, bound, ties=checkpoint.ties, fingerprint=base_fingerprint(checkpoint))
-    return Merged(checkpoint, view, source, bound, folders, target, simulated)
+    added = head.added if head else {}
+    bound = tuple((bound_to(checkpoint, folder, head), weight) for folder, (_, weight) in zip(folders, adapters, strict=True))
+    source = MergedSource(view, bound, ties=checkpoint.ties, fingerprint=base_fingerprint(checkpoint), added=added)
+    return Merged(checkpoint, view, source, bound, folders, target, simulated, head)
+
+
+def bound_to(checkpoint: LogicalCheckpoint, folder: Path, head: Head | None = None) -> Adapter:
+    """The adapter in ``folder`` bound to ``checkpoint``, by the names of its tensors or by those that transformers gives them; with ``head``, it may replace
+    what that adds.
+
+    Raises:
+        IncompatibleError: it fits neither way. And what else ``read_adapter`` raises.
+    """
+    specs = {**checkpoint.specs, **(head.added if head else {})}
+    try:
+        adapter = read_adapter(folder, specs, checkpoint.family, ties=checkpoint.ties)
+    except IncompatibleError as error:
+        live = head.live if head else live_names(checkpoint, folder)
+        if not live:
+            raise
+        try:
+            adapter = _by_live_names(folder, specs, live, checkpoint)
+        except IncompatibleError:
+            raise error from None
+    if not isinstance(checkpoint, RenamedCheckpoint):
+        return adapter
+    names = checkpoint.new_names
+    return replace(adapter, base_tensors={names[name]: sha256 for name, sha256 in adapter.base_tensors.items() if name in names})
+
+
+def _by_live_names(folder: Path, specs: Mapping[str, TensorSpec], live: Mapping[str, str], checkpoint: LogicalCheckpoint) -> Adapter:
+    """The adapter bound to tensors under their ``live`` names, and then called as they are stored."""
+    called = {live.get(name, name): spec for name, spec in specs.items()}
+    ties = {live.get(tied, tied): live.get(owner, owner) for tied, owner in checkpoint.ties.items()}
+    adapter, stored = read_adapter(folder, called, checkpoint.family, ties=ties), {loaded: name for name, loaded in live.items()}
+    fields = ("deltas", "biases", "replacements", "token_rows")
+    renamed: dict[str, Any] = {field: {stored.get(name, name): part for name, part in getattr(adapter, field).items()} for field in fields}
+    return replace(adapter, **renamed)
 
 
 def correction(folder: Path) -> str | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 
 from qlora_tools.checkpoint.hub import resolve_model
 from qlora_tools.checkpoint.logical import LogicalCheckpoint, open_checkpoint
-from qlora_tools.errors import QltError, UsageError
+from qlora_tools.checkpoint.reader import own_file
+from qlora_tools.errors import QltError, StorageError, UsageError
 from qlora_tools.manifest import Manifest, read_manifest
 from qlora_tools.progress import Progress
 
@@ -69,14 +71,51 @@ def readable_manifest(folder: Path) -> Manifest | None:
         return None
 
 
+def side_paths(source: Path) -> list[Path]:
+    """Tokenizer and settings files beside the weights: what :func:`copy_side_files` copies.
+
+    Raises:
+        CorruptError: one of them is a link that leaves the folder.
+    """
+    return [own_file(path) for path in sorted(source.iterdir()) if _goes_along(path)]
+
+
+def _goes_along(path: Path) -> bool:
+    wanted = path.suffix in _SIDE_SUFFIXES and path.name not in _NOT_COPIED and not path.name.endswith(".index.json")
+    return wanted and path.is_file() and path.stat().st_size <= _MAX_SIDE_BYTES
+
+
 def copy_side_files(source: Path, dest: Path) -> None:
-    """Copy tokenizer and settings files beside the weights, never replacing a file that is there."""
-    for path in sorted(source.iterdir()):
-        wanted = path.suffix in _SIDE_SUFFIXES and path.name not in _NOT_COPIED and not path.name.endswith(".index.json")
-        if wanted and path.is_file() and path.stat().st_size <= _MAX_SIDE_BYTES and not (dest / path.name).exists():
+    """Copy tokenizer and settings files beside the weights, never replacing a file that is there. Raises as :func:`side_paths`."""
+    for path in side_paths(source):
+        if not (dest / path.name).exists():
             shutil.copyfile(path, dest / path.name)
+
+
+def copy_all(source: Path, dest: Path, *, but: Collection[str]) -> None:
+    """Copy everything in ``source``, but the files named ``but`` at its top, into the folder ``dest``. Links stay links: what they point to is not copied.
+
+    Raises:
+        StorageError: something could not be read or written.
+    """
+    try:
+        shutil.copytree(source, dest, symlinks=True, dirs_exist_ok=True, ignore=lambda folder, _: but if Path(folder) == source else ())
+    except shutil.Error as error:
+        path, _, reason = error.args[0][0]
+        raise StorageError(f"{path} could not be copied: {reason}", hint="free some space, or take it out of the folder") from error
+
+
+def given_paths(*given: str | Path | None) -> list[Path]:
+    """Those of ``given`` that are files or folders here, and no words: inputs that an output must not replace."""
+    return [Path(path) for path in given if path and Path(path).exists()]
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """``config`` without what would make a loader run code or treat dense weights as quantized."""
     return {name: value for name, value in config.items() if name not in ("auto_map", "quantization_config")}
+
+
+def config_json(config: Mapping[str, Any]) -> bytes:
+    """The bytes of a config.json. Infinity and NaN are written as transformers reads them, unlike in our own files: some models have them (mamba's
+    ``time_step_limit``)."""
+    return (json.dumps(dict(config), indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

@@ -66,6 +66,22 @@ def found_again(entry: Mapping[str, Any], folder: Path) -> str | Path | None:
     return path if path.exists() else None
 
 
+def same_inputs(recorded: Mapping[str, Mapping[str, Any]], given: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether two folders were made of the same values, in the same roles. Entries without a fingerprint in common are not the same."""
+    if recorded.keys() != given.keys():
+        return False
+    told = all(entry.keys() & recorded[role].keys() & {"content_sha256", "sha256"} for role, entry in given.items())
+    return told and all(changed(role, recorded[role], entry) is None for role, entry in given.items())
+
+
+def from_one_place(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
+    """Whether two entries of one manifest's folder name the same place: one path, or one repository of the hub in whatever revision."""
+    if "path" in recorded and "path" in given:
+        return bool(recorded["path"] == given["path"])
+    hubs = [str(entry["hub"]).partition("@")[0] for entry in (recorded, given) if "hub" in entry]
+    return len(hubs) == 2 and hubs[0] == hubs[1]
+
+
 def describe_checkpoint(checkpoint: LogicalCheckpoint, dest: Path) -> dict[str, str]:
     """The entry of a model or a base."""
     return {**describe_input(checkpoint), "content_sha256": content_sha256(checkpoint.stored), **whereabouts(checkpoint.folder, dest)}

@@ -19,7 +19,7 @@ from qlora_tools.quant.nf4 import NF4
 from qlora_tools.quant.search import POSITIVE
 from qlora_tools.stages.quantize import plan_quantize, quantized_names
 from qlora_tools.verbs.calibrate import is_statistics, statistics_for, windows_for
-from qlora_tools.verbs.opening import folder_name, open_model, resolve_device
+from qlora_tools.verbs.opening import folder_name, given_paths, open_model, resolve_device, side_paths
 from qlora_tools.verbs.quantize_run import Job, KlResult, LayerResult, QuantizeResult
 
 __all__ = ["CONTEXT", "SCHEMES", "TOKENS", "KlResult", "LayerResult", "QuantizeResult", "codec_for", "quantize"]
@@ -95,7 +95,8 @@ def quantize(
         held = sorted({item.codec.name for item in source.quantized.values()})
         raise IncompatibleError(f"{model} is quantized already ({', '.join(held)})", hint="quantize the 16-bit model that it came from")
     dest = output or Path("checkpoints") / slug(f"{folder_name(source.folder)}-{scheme}{'-16bit' if as_16bit else ''}")
-    check_output(dest, force=force, inputs=[source.folder])
+    check_output(dest, force=force, inputs=[source.folder, *given_paths(calib)])
+    side_paths(source.folder)
     if not quantized_names(source, source.family, codec):
         raise IncompatibleError(f"{model} holds no linear layer to quantize", hint="run `qlt inspect` on it")
     settings = {

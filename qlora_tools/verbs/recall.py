@@ -1,12 +1,19 @@
-"""The inputs of an export found again from its manifest: where they were, or where they are given; what became of them; what each adapter is for."""
+"""The inputs of an export found again from its manifest: where they were, or where they are given; what became of them; what each adapter is for.
+
+Of the hub only what is on this machine already is found: a manifest may be a stranger's, and names what he likes, of whatever size.
+"""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora_tools.adapters.peft_config import FILE_NAME as SETTINGS
+from qlora_tools.adapters.peft_files import WEIGHTS
+from qlora_tools.checkpoint.hub import cached_model
 from qlora_tools.errors import MissingError
 from qlora_tools.manifest import Manifest
 from qlora_tools.progress import Progress
@@ -46,13 +53,14 @@ def recall(manifest: Manifest, export: Path, against: str | Path | None, adapter
     given and the checkpoint is its own.
 
     Raises:
-        MissingError: the checkpoint is not where it was. What opening it raises.
+        MissingError: the checkpoint is not where it was, or not on this machine. What opening it raises.
     """
     role = "base" if "base" in manifest.inputs else "model"
     recorded = manifest.inputs.get(role, {})
-    place = against or found_again(recorded, export)
+    place = against or _at_hand(recorded, export)
     if place is None:
-        raise MissingError(f"{export} was made of `{recorded.get('name')}`, which is not {_where(recorded)}", hint="give it with --against")
+        hint = "give it with --against" + (f", or download it with --against {shlex.quote(recorded['hub'])}" if "hub" in recorded else "")
+        raise MissingError(f"{export} was made of `{recorded.get('name')}`, which is not {_where(recorded)}", hint=hint)
     checkpoint = open_model(place, progress)
     other = changed(role, recorded, describe_checkpoint(checkpoint, export))
     original = other is None
@@ -62,8 +70,34 @@ def recall(manifest: Manifest, export: Path, against: str | Path | None, adapter
     return Recalled(place, folder_name(checkpoint.folder), original, parts, missing, strange, changes, statistics if original else None)
 
 
+def _at_hand(entry: Mapping[str, Any], export: Path) -> Path | None:
+    """:func:`found_again`, and of the hub what need not be downloaded."""
+    place = found_again(entry, export)
+    return cached_model(place) if isinstance(place, str) else place
+
+
+def _adapter_at_hand(entry: Mapping[str, Any], export: Path) -> Path | None:
+    """The same, where it holds an adapter."""
+    place = _at_hand(entry, export)
+    return place if place is not None and all((place / name).is_file() for name in (SETTINGS, WEIGHTS)) else None
+
+
 def _where(entry: Mapping[str, Any]) -> str:
+    if "hub" in entry:
+        return "in this machine's cache of the hub"
     return f"at {entry['path']} from there any more" if "path" in entry else "said to lie anywhere"
+
+
+def _whole(path: str | Path) -> Path:
+    """An adapter's folder as given.
+
+    Raises:
+        MissingError: there is none, or not its weights.
+    """
+    folder = adapter_folder(path)
+    if not (folder / WEIGHTS).is_file():
+        raise MissingError(f"{folder / WEIGHTS} is not there", hint="give the folder of a whole adapter")
+    return folder
 
 
 Parts = tuple[tuple[str | Path, float, str], ...]
@@ -71,15 +105,15 @@ Parts = tuple[tuple[str | Path, float, str], ...]
 
 def _adapters(manifest: Manifest, export: Path, given: Given, *, look: bool) -> tuple[Parts, tuple[str, ...], tuple[str, ...], list[Changed]]:
     """Parts, missing, strange, changed. Given adapters are matched by the hash of their weights; what the manifest does not name is taken as merged."""
-    waiting = [(describe_adapter(adapter_folder(path), export), path, weight) for path, weight in given]
+    waiting = [(describe_adapter(_whole(path), export), path, weight) for path, weight in given]
     parts: list[tuple[str | Path, float, str]] = []
     missing, differing = list[str](), list[Changed]()
     for role, entry in manifest.inputs.items():
         if not role.startswith("adapter"):
             continue
-        said = manifest.command.get("adapters", {}).get(role, {"use": MERGED, "weight": 1.0})
+        said = (manifest.command.get("adapters") or {}).get(role, {"use": MERGED, "weight": 1.0})
         match = next((item for item in waiting if item[0]["sha256"] == entry.get("sha256")), None)
-        place = found_again(entry, export) if look and not given else None
+        place = _adapter_at_hand(entry, export) if look and not given else None
         if match is not None:
             waiting.remove(match)
             parts.append((match[1], match[2], said["use"]))
@@ -96,18 +130,17 @@ def _adapters(manifest: Manifest, export: Path, given: Given, *, look: bool) -> 
 
 def _branch(manifest: Manifest, export: Path) -> list[Changed]:
     entry = manifest.inputs.get("branch", {})
-    place = found_again(entry, export)
-    found = changed("branch", entry, describe_adapter(Path(place), export)) if place is not None else None
+    place = _adapter_at_hand(entry, export)
+    found = changed("branch", entry, describe_adapter(place, export)) if place is not None else None
     return [found] if found else []
 
 
 def _calibration(manifest: Manifest, export: Path) -> tuple[Path | None, list[Changed]]:
     """The file of statistics, if it is the one that it was. A text is looked at, but not run again unasked."""
     entry = manifest.inputs.get("calibration", {})
-    place = found_again(entry, export)
-    if place is None:
+    path = _at_hand(entry, export)
+    if path is None or not path.is_file():
         return None, []
-    path = Path(place)
     found = changed("calibration", entry, describe_calibration(path, export))
     return (None, [found]) if found else (path if path.suffix == ".safetensors" else None, [])
 

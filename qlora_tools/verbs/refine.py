@@ -17,9 +17,11 @@ from typing import Any
 import torch
 
 from qlora_tools.adapters.adapter import Adapter
+from qlora_tools.adapters.peft_config import FILE_NAME as CONFIG
 from qlora_tools.adapters.peft_files import WEIGHTS, read_adapter
 from qlora_tools.checkpoint.folder import check_output, output_folder, seal
 from qlora_tools.checkpoint.logical import LogicalCheckpoint
+from qlora_tools.checkpoint.reader import own_file
 from qlora_tools.checkpoint.safetensors_file import SafetensorsFile
 from qlora_tools.checkpoint.writer import SafetensorsWriter, write_tensors
 from qlora_tools.errors import CorruptError, IncompatibleError, Interrupted, OutputExistsError, UsageError
@@ -43,7 +45,7 @@ from qlora_tools.training.optimizers import Masters
 from qlora_tools.training.state import RUN, RunIdentity, checkpoints, read_run, run_folder, write_run
 from qlora_tools.verbs.adapter_files import adapter_path
 from qlora_tools.verbs.calibrate import SELF, windows_for
-from qlora_tools.verbs.opening import describe_input, folder_name, open_model, resolve_device
+from qlora_tools.verbs.opening import copy_all, copy_side_files, describe_input, folder_name, given_paths, open_model, resolve_device, side_paths
 from qlora_tools.verbs.quantize import base_codec
 from qlora_tools.verbs.refine_blocks import estimate_blocks_bytes, refine_blocks
 from qlora_tools.verbs.training_memory import compute_dtype
@@ -120,7 +122,7 @@ def refine(
     listen: events.Listener = events.silent,
     progress: Progress = SILENT,
 ) -> RefineResult:
-    """Train the factors of ``adapter`` on ``base`` after ``teacher`` and write the PEFT folder ``output``, which may be ``adapter`` itself.
+    """Train the factors of ``adapter`` on ``base`` after ``teacher`` and write the PEFT folder ``output``, which may be ``adapter`` itself: all else there stays.
 
     ``resume`` goes on with the run beside ``output``, which says itself what it was started with.
 
@@ -136,7 +138,8 @@ def refine(
     if adapter is None or base is None or teacher is None:
         raise UsageError("an adapter, --base and --teacher are needed", hint="or go on with a run: --resume -o OUTPUT")
     task = _open(adapter, base, teacher, config or RefineConfig(), output, resolve_device(device), progress)
-    _check(task, force=force, resume=resume, dry_run=dry_run)
+    task = replace(task, force=force or task.in_place)
+    _check(task, resume=resume, dry_run=dry_run)
     count = sum(delta.a.spec.numel + delta.b.spec.numel for delta in task.adapter.deltas.values())
     report = None
     estimate_bytes = task.estimate_bytes()
@@ -152,7 +155,7 @@ def refine(
 
 @dataclass(frozen=True, eq=False)
 class _Task:
-    """What is refined, after what, and where it goes."""
+    """What is refined, after what, and where it goes. ``force``: what is there already may be replaced, as in place it is."""
 
     folder: Path
     adapter: Adapter
@@ -161,10 +164,20 @@ class _Task:
     config: RefineConfig
     dest: Path
     device: str
+    force: bool = False
 
     @property
     def in_place(self) -> bool:
         return self.dest.resolve() == self.folder.resolve()
+
+    @property
+    def inputs(self) -> list[Path]:
+        """What the output must not replace."""
+        return [self.base.folder, self.teacher.folder, *([] if self.in_place else [self.folder]), *given_paths(self.config.text)]
+
+    @property
+    def way_on(self) -> str:
+        return f"qlt refine --resume -o {self.dest}{' --force' if self.force and not self.in_place else ''}"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -207,15 +220,16 @@ def _open(adapter: str | Path, base: str | Path, teacher: str | Path, config: Re
     return _Task(folder, read_adapter(folder, first.specs, first.family, ties=first.ties), first, second, config, dest, device)
 
 
-def _check(task: _Task, *, force: bool, resume: bool, dry_run: bool) -> None:
-    inputs = [task.base.folder, task.teacher.folder] + ([] if task.in_place else [task.folder])
-    check_output(task.dest, force=force or task.in_place or resume, inputs=inputs)
+def _check(task: _Task, *, resume: bool, dry_run: bool) -> None:
+    check_output(task.dest, force=task.force, inputs=task.inputs)
+    if not task.in_place:  # what will be copied is looked at before the work
+        side_paths(own_file(task.folder / CONFIG).parent)
     folder = run_folder(task.dest)
     if folder.exists() and not resume and not dry_run:
         if not (folder / RUN).is_file():
             raise OutputExistsError(f"{folder}, where the run would keep its checkpoints, holds something else", hint="choose another output with -o")
-        if not force or task.in_place:
-            raise OutputExistsError(f"an interrupted run lies in {folder}", hint=f"go on with `qlt refine --resume -o {task.dest}`, or remove it")
+        if not task.force or task.in_place:
+            raise OutputExistsError(f"an interrupted run lies in {folder}", hint=f"go on with `{task.way_on}`, or remove it")
 
 
 def _as_started(output: Path) -> tuple[str, str, str, RefineConfig]:
@@ -250,7 +264,7 @@ def _refine(task: _Task, resume: bool, estimate_bytes: int, words: Mapping[str, 
     if made.stopped == "interrupted":
         raise Interrupted(
             f"stopped at step {run.progressed.step} of {run.steps}; everything is saved in {folder}",
-            hint=f"to go on: qlt refine --resume -o {task.dest}",
+            hint=f"to go on: {task.way_on}",
             folder=task.dest,
         )
     state = run.progressed
@@ -280,9 +294,7 @@ def _refine_by_block(task: _Task, resume: bool, estimate_bytes: int, words: Mapp
         if not done:
             shutil.rmtree(folder, ignore_errors=True)
         elif isinstance(error, KeyboardInterrupt):
-            raise Interrupted(
-                f"stopped after {done} blocks, which are saved in {folder}", hint=f"to go on: qlt refine --resume -o {task.dest}", folder=task.dest
-            ) from error
+            raise Interrupted(f"stopped after {done} blocks, which are saved in {folder}", hint=f"to go on: {task.way_on}", folder=task.dest) from error
         raise
     report = RefineReport(
         made.start_kl, made.end_kl if not made.kept_start else made.start_kl, made.kept_start, 0 if made.kept_start else task.config.steps,
@@ -359,11 +371,13 @@ def _share_equal_tensors(base: Any, guide: Any) -> None:
 
 
 def _write(task: _Task, learnt: Mapping[str, torch.Tensor], report: RefineReport, text: TextWindows) -> None:
-    """The adapter's files with the learnt tensors, by key, in their place."""
-    with output_folder(task.dest, force=True, inputs=[task.base.folder, task.teacher.folder]) as partial:
-        for path in sorted(task.folder.iterdir()):
-            if path.is_file() and path.name not in (WEIGHTS, FILE_NAME):
-                shutil.copyfile(path, partial / path.name)
+    """The adapter's files, and no others of a folder that it shares, with the learnt tensors, by key, in their place."""
+    with output_folder(task.dest, force=task.force, inputs=task.inputs) as partial:
+        if task.in_place:  # the folder is exchanged as a whole, so all that lies there goes along
+            copy_all(task.folder, partial, but=(WEIGHTS, FILE_NAME))
+        else:
+            shutil.copyfile(own_file(task.folder / CONFIG), partial / CONFIG)
+            copy_side_files(task.folder, partial)
         with SafetensorsFile(task.folder / WEIGHTS) as file, SafetensorsWriter(partial / WEIGHTS, file.specs.values(), metadata=file.metadata) as writer:
             for key in file.specs:
                 writer.write(key, learnt[key].view(file.specs[key].shape).contiguous() if key in learnt else file.read(key))

@@ -5,7 +5,8 @@ A run is the folder that `qlt bench` wrote, or a ``bench.json`` wherever it lies
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,12 @@ from qlora_tools.bench.plots import write_plots
 from qlora_tools.bench.record import FILE_NAME, BenchRecord, read_record
 from qlora_tools.bench.table import to_markdown
 from qlora_tools.checkpoint.folder import check_output, output_folder, replace_file, seal
-from qlora_tools.errors import CorruptError, IncompatibleError, MissingError
+from qlora_tools.errors import CorruptError, IncompatibleError, MissingError, OutputExistsError, QltError
 from qlora_tools.manifest import FILE_NAME as MANIFEST
 from qlora_tools.manifest import Manifest, read_manifest
 from qlora_tools.progress import SILENT, Progress
 from qlora_tools.quality.intervals import compare as compare_quality
-from qlora_tools.quality.outputs import compare_outputs, is_outputs
+from qlora_tools.quality.outputs import best_metric, compare_outputs, is_outputs
 from qlora_tools.quality.probe import divergence_of
 from qlora_tools.verbs.bench_names import RUNS, unique_names
 
@@ -62,9 +63,9 @@ def report(
     ``compare``: an older run that each is held against, up to ``margin``; ``pick``: wishes (see ``bench/pick.py``).
 
     Raises:
-        MissingError: no such run. CorruptError: its ``bench.json`` is none, or of another version. IncompatibleError: nothing to compare.
+        MissingError: no such run. CorruptError: its ``bench.json`` is none, of another version, or not to be drawn. IncompatibleError: nothing to compare.
     """
-    places = [Path(run) for run in runs] or [latest_run(RUNS)]
+    places = [Path(run) for run in runs] or [latest_run(RUNS, progress)]
     old = read_record(Path(compare)) if compare is not None else None
     records = [(place, read_record(place)) for place in places]
     homes = [place if place.is_dir() else place.parent for place in places]
@@ -74,23 +75,41 @@ def report(
         dest = (output / names[home] if output is not None and len(places) > 1 else output) or None
         if dest is not None:
             check_output(dest, force=force, inputs=[home])
-        found.append(
-            Report(place, dest or (home if (home / MANIFEST).is_file() else None), record, picked(record, pick), compared(record, old, margin, compare))
-        )
+        with _foreign_figures(place, *([Path(compare)] if compare is not None else [])):
+            judged = picked(record, pick), compared(record, old, margin, compare)
+            to_markdown(record)  # before anything is written
+        found.append(Report(place, dest or (home if (home / MANIFEST).is_file() else None), record, *judged))
     if not dry_run:
         with progress.task("report", len(found), "runs") as task:
             for item in found:
                 if item.output is not None:
-                    _draw(item.record, item.output, force=force, anew=output is not None)
+                    with _foreign_figures(item.run):
+                        _draw(item.record, item.output, force=force, anew=output is not None)
                 task.advance(label=item.record.title)
     return ReportResult(tuple(found), dry_run)
 
 
-def latest_run(folder: Path) -> Path:
-    """The run below ``folder`` that was measured last.
+@contextmanager
+def _foreign_figures(*places: Path) -> Iterator[None]:
+    """What fails in the block for figures that no benchmark writes is told as the fault of the records in ``places``, whoever made them.
 
     Raises:
-        MissingError: there is none. CorruptError: there are some, and none of this version.
+        CorruptError: names them.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, StopIteration, ArithmeticError, RecursionError) as error:
+        if isinstance(error, QltError):
+            raise
+        files = " or ".join(str(place / FILE_NAME if place.is_dir() else place) for place in places)
+        raise CorruptError(f"{files} holds figures that cannot be drawn: {type(error).__name__}: {str(error)[:200]}", hint="measure again") from error
+
+
+def latest_run(folder: Path, progress: Progress = SILENT) -> Path:
+    """The run below ``folder`` that was measured last. One that cannot be read does not hide the others; a note names it.
+
+    Raises:
+        MissingError: there is none. CorruptError, OSError: there are some, and none that can be read.
     """
     found = [path.parent for path in folder.glob(f"*/{FILE_NAME}")]
     if not found:
@@ -99,8 +118,9 @@ def latest_run(folder: Path) -> Path:
     for path in found:
         try:
             readable.append((read_record(path).created, path.name, path))
-        except CorruptError as error:  # of another version: no reason not to show the others
+        except (CorruptError, OSError) as error:
             refused = error
+            progress.note(f"left out: {error}")
     if not readable:
         raise refused
     return max(readable)[2]
@@ -117,15 +137,22 @@ def write_report(record: BenchRecord, folder: Path) -> None:
 
 
 def _draw(record: BenchRecord, dest: Path, *, force: bool, anew: bool) -> None:
-    """A new folder; or, in a run's own, every file in the place of the one before, whatever else lies there untouched."""
+    """A new folder; or, in a run's own, every file in the place of the one before, whatever else lies there untouched.
+
+    Raises:
+        OutputExistsError: what is called ``plots`` there is a link or no folder.
+    """
     if anew:
         with output_folder(dest, force=force) as folder:
             write_report(record, folder)
         return
+    plots = dest / PLOTS
+    if plots.is_symlink() or (plots.exists() and not plots.is_dir()):
+        raise OutputExistsError(f"{plots} is not the run's own folder, so nothing is drawn into it", hint="remove it, or give another folder with -o")
     replace_file(dest / PAGE, bench_page(record).encode())
     replace_file(dest / TABLE, to_markdown(record).encode())
-    (dest / PLOTS).mkdir(exist_ok=True)
-    write_plots(record, dest / PLOTS)
+    plots.mkdir(exist_ok=True)
+    write_plots(record, plots)
     seal(dest, read_manifest(dest) or Manifest("bench", {"verb": "bench"}))
 
 
@@ -135,17 +162,17 @@ def picked(record: BenchRecord, wishes: str | None) -> Picked | None:
 
 
 def compared(new: BenchRecord, old: BenchRecord | None, margin: float, name: str | Path | None = None) -> Compared | None:
-    """``new`` against ``old``, KL window by window."""
-    return compare_records(new, old, margin=margin, paired=kl_ratio, baseline=str(name or "")) if old is not None else None
+    """``new`` against ``old``, quality window by window, or input by input."""
+    return compare_records(new, old, margin=margin, paired=quality_ratio, baseline=str(name or "")) if old is not None else None
 
 
-def kl_ratio(new: Mapping[str, Any], old: Mapping[str, Any]) -> tuple[float, tuple[float, float] | None] | None:
-    """The ratio of two stored KL figures with its paired interval, ``None`` where they were not judged on the same windows."""
+def quality_ratio(new: Mapping[str, Any], old: Mapping[str, Any]) -> tuple[float, tuple[float, float] | None] | None:
+    """The ratio of two stored KLs, or of errors where a model chooses no classes, with its paired interval; ``None`` where not judged on the same windows."""
     if is_outputs(new) != is_outputs(old):
         return None
     try:
         if is_outputs(new):
-            found = compare_outputs("new", new, "old", old, "kl")
+            found = compare_outputs("new", new, "old", old, best_metric((new, old)))
         else:
             found = compare_quality("new", divergence_of(new), "old", divergence_of(old), "kl")
     except (IncompatibleError, KeyError, TypeError):  # other windows, or figures of an older kind

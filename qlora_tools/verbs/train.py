@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ from qlora_tools.training.plot import plot_loss
 from qlora_tools.training.state import RUN, checkpoints, load_state, read_ranks, read_run, run_folder, write_run
 from qlora_tools.training.world import processes
 from qlora_tools.verbs.calibrate import statistics_for
-from qlora_tools.verbs.opening import describe_input, folder_name, open_model, resolve_device
+from qlora_tools.verbs.opening import describe_input, folder_name, given_paths, open_model, resolve_device
 from qlora_tools.verbs.training_data import Data, prepare
 from qlora_tools.verbs.training_run import Prepared, TrainPlan, plan_run, prepare_run, write_adapter
 from qlora_tools.verbs.training_start import Start, open_start
@@ -106,7 +106,8 @@ def train(
         _check_start(config, origin, calib)
         dest = output or Path("adapters") / slug(f"{folder_name(checkpoint.folder)}-lora-r{config.rank}")
         teacher_model = open_model(teacher, progress) if teacher is not None else None
-        _check(dest, checkpoint, force, resume, dry_run)
+        inputs = [*_folders(checkpoint, teacher_model, origin), *given_paths(data, val, calib)]
+        _check(dest, inputs, force, resume, dry_run)
         world.any(False)  # no process goes on, and makes a folder, before all have looked
         made = prepare(checkpoint, Path(data), Path(val) if val is not None else None, config, progress)
         plan = plan_run(checkpoint, made, config, place, world.size, teacher_model, origin, timed=dry_run)
@@ -131,7 +132,7 @@ def train(
             )
         report = _report(ready, plan, stopped)
         if world.rank == 0:
-            _finish(ready, dest, made, checkpoint, words, report, force)
+            _finish(ready, dest, inputs, made, checkpoint, words, report, force)
     return TrainResult(dest, time.perf_counter() - began, plan, report)
 
 
@@ -144,8 +145,14 @@ def _check_start(config: TrainConfig, start: Start | None, calib: str | Path | N
         raise UsageError(f"--calib is for --init qera, not for --init {config.init}", hint="leave it out")
 
 
-def _check(dest: Path, checkpoint: LogicalCheckpoint, force: bool, resume: bool, dry_run: bool) -> None:
-    check_output(dest, force=force, inputs=[checkpoint.folder])
+def _folders(checkpoint: LogicalCheckpoint, teacher: LogicalCheckpoint | None, start: Start | None) -> list[Path]:
+    """Of the models and the adapter that are read until the end."""
+    models = [model.folder for model in (checkpoint, teacher) if model is not None]
+    return [*models, start.folder] if start is not None else models
+
+
+def _check(dest: Path, inputs: Sequence[Path], force: bool, resume: bool, dry_run: bool) -> None:
+    check_output(dest, force=force, inputs=inputs)
     folder = run_folder(dest)
     if resume:
         read_run(dest)
@@ -220,14 +227,23 @@ def _report(ready: Prepared, plan: TrainPlan, stopped: str) -> TrainReport:
     )
 
 
-def _finish(ready: Prepared, dest: Path, made: Data, checkpoint: LogicalCheckpoint, words: Mapping[str, Any], report: TrainReport, force: bool) -> None:
+def _finish(
+    ready: Prepared,
+    dest: Path,
+    inputs: Sequence[Path],
+    made: Data,
+    checkpoint: LogicalCheckpoint,
+    words: Mapping[str, Any],
+    report: TrainReport,
+    force: bool,
+) -> None:
     folder = run_folder(dest)
     values = {name: value.detach() for name, value in ready.run.masters.values.items()}
     state = ready.run.progressed
     if state.best_step is not None and state.best_step != state.step:
         tensors, _, _ = load_state(folder / f"step-{state.best_step:06}")
         values = {name.removeprefix("master/"): tensor for name, tensor in tensors.items() if name.startswith("master/")}
-    with output_folder(dest, force=force, inputs=[checkpoint.folder]) as partial:
+    with output_folder(dest, force=force, inputs=inputs) as partial:
         write_adapter(partial, ready, values, str(words["base"]))
         shutil.copyfile(folder / METRICS, partial / METRICS)
         plot_loss(read_metrics(folder / METRICS), partial / PLOT)

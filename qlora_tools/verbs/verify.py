@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_tools.checkpoint.statistics import Statistics
 from qlora_tools.engine.plan import Plan, Source
 from qlora_tools.engine.run import run
-from qlora_tools.errors import CheckFailed, IncompatibleError, MissingError, UsageError
+from qlora_tools.errors import CheckFailed, CorruptError, IncompatibleError, MissingError, UsageError
 from qlora_tools.export.calibrated import STATISTICS
 from qlora_tools.export.comparison import Compared, Decode, comparing
 from qlora_tools.export.decoder.export import MODEL_FILE, DecoderExport, drawn_graph
@@ -83,8 +83,9 @@ def verify(
     through the whole model; without it, random tokens through its first layers where it is large. A dry run finds the inputs and reads no more.
 
     Raises:
-        MissingError: no export of ours there, or inputs that are not where they were. UsageError: the folder holds something else. What opening the checkpoint
-        and its adapters raises. A failed check is no exception: see ``checks``.
+        MissingError: no export of ours there, or inputs that are not where they were; of the hub nothing is downloaded for a manifest's word. UsageError: the
+        folder holds something else. CorruptError: its manifest is not as an export writes it. What opening the checkpoint and its adapters raises. A failed
+        check is no exception: see ``checks``.
     """
     manifest = manifest_of(export)
     found = recall(manifest, export, against, adapters, progress)
@@ -108,7 +109,7 @@ def verify(
         plans = _data_plans(planned)
         fits, size = _fits(plans, export)
         checks += size
-        if fits and all((export / name).is_file() for name in manifest.files if name.endswith(".onnx")):
+        if fits and all((export / name).is_file() for name in _graphs(planned, manifest)):
             blind = "calibration" in manifest.report and statistics is None
             compared = compare_weights(planned, drawn.source, statistics, export, blind=blind, progress=progress)
             wrong = [item for item in compared if not item.equal or (damaged and item.differing)]
@@ -124,13 +125,15 @@ def manifest_of(folder: Path) -> Manifest:
     """The manifest of an export.
 
     Raises:
-        MissingError, UsageError: none, or one of something else.
+        MissingError, UsageError: none, or one of something else. CorruptError: it does not say how the export was made.
     """
     manifest = read_manifest(folder)
     if manifest is None:
         raise MissingError(f"{folder} holds no {FILE_NAME}: it is not a whole export of qlt", hint="make one with `qlt export`")
     if manifest.kind != "export":
         raise UsageError(f"{folder} holds a {manifest.kind}, not an export", hint="`qlt eval --against` compares checkpoints")
+    if manifest.command.get("scheme") is None:
+        raise CorruptError(f"{folder / FILE_NAME}: `command.scheme` is missing, expected the scheme of the export", hint="export it again")
     return manifest
 
 
@@ -164,6 +167,8 @@ def check_files(folder: Path, manifest: Manifest, progress: Progress) -> Check:
             elif sha256_file(path) != sealed["sha256"]:
                 wrong.append(f"`{name}` holds other bytes than were sealed")
             task.advance(1, name)
+    if not any(name.endswith(".onnx") for name in manifest.files):
+        wrong.append("no graph was sealed")
     if wrong:
         return Check("files", "fail", "; ".join(wrong), "the folder was changed after it was made: export again, or copy it again")
     return Check("files", "ok", f"{len(manifest.files)} files as they were sealed")
@@ -180,6 +185,11 @@ def _statistics(drawn: Drawn, calib: str | Path | None, progress: Progress) -> A
 def _data_plans(planned: DecoderExport | Traced) -> dict[str, Plan]:
     """Data file -> the plan that fills it."""
     return {DATA_FILE: planned.plan} if isinstance(planned, DecoderExport) or not hasattr(planned, "plans") else dict(planned.plans)
+
+
+def _graphs(planned: DecoderExport | Traced, manifest: Manifest) -> list[str]:
+    """Graph files: a decoder's has one name, others those that were sealed."""
+    return [MODEL_FILE] if isinstance(planned, DecoderExport) else [name for name in manifest.files if name.endswith(".onnx")]
 
 
 def _fits(plans: Mapping[str, Plan], folder: Path) -> tuple[bool, list[Check]]:

@@ -215,6 +215,27 @@ def test_grown_vocabulary_replaces_embedding_and_head(tmp_path: Path) -> None:
         MergedSource(base, [(adapter, 0.5)])
 
 
+class Without:
+    """A source less one tensor."""
+
+    def __init__(self, base: Any, name: str) -> None:
+        self.specs = {known: spec for known, spec in base.specs.items() if known != name}
+        self.read = base.read
+
+
+def test_a_tensor_that_the_base_lacks_comes_from_the_one_adapter_that_brings_it(tmp_path: Path) -> None:
+    saved = save(tmp_path, llama, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    base, adapter = saved.open()
+    rest, added = Without(base, "lm_head.weight"), {"lm_head.weight": base.specs["lm_head.weight"]}
+    source = MergedSource(rest, [(adapter, 1.0)], added=added)
+    assert source.specs.keys() == base.specs.keys() and "lm_head.weight" in source.changed
+    assert_same(source, merged_by_peft(saved))
+    assert_tiles_agree(source)
+    for others in ([], [(adapter, 0.0)], [(adapter, 0.5)], [(adapter, 1.0), (adapter, 1.0)]):
+        with pytest.raises(IncompatibleError, match="where the base has none: it cannot be weighted"):
+            MergedSource(rest, others, added=added)
+
+
 def with_manifest(saved: Saved, **base_tensors: str) -> MergedSource:
     hashes = {name.replace("__", "."): value for name, value in base_tensors.items()}
     (saved.adapter / FILE_NAME).write_bytes(Manifest("adapter", {}, base_tensors=hashes).to_json())

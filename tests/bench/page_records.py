@@ -38,7 +38,7 @@ def device_memory(megabytes, case):
 
 def swept_row(setting, case, megabytes, step_s):
     scale = step_s * case.batch**0.4 * (1 + case.prompt_tokens / 4096)
-    row = summarise_row(setting, case, [attempt(i, scale) for i in range(3)])
+    row = summarise_row(setting, case, [attempt(i, scale) for i in range(6)])  # as many processes as an interval needs
     prefill = replace(row.prefill, p50_s=scale * case.prompt_tokens * case.batch / 100, ci95_p50_s=None)
     return replace(
         row,
@@ -113,7 +113,7 @@ def make_forward() -> BenchRecord:
     for setting, step_s in zip(settings, (2e-3, 1e-3), strict=True):
         found = [
             replace(attempt(i, step_s), decode_s=(), info={"weights_bytes": 9_000_000, "work": "forward"}) for i in range(6)
-        ]  # as many runs as an interval needs
+        ]  # as many processes as an interval needs
         rows.append(replace(summarise_row(setting, case, found), file_bytes=10**7))
     told = {"method": {"name": "seeded inputs", "n_inputs": 16}, "corpus": {"name": "16 drawn inputs"}, "ci95": {"relative_error": [0.01, 0.03]}}
     quality = (

@@ -67,9 +67,12 @@ def test_a_large_ratio_that_scatters_is_no_verdict():
     assert found.ratio > 1.5 and found.ci95[0] < 1 and found.verdict == "tie"
 
 
-def test_one_round_has_no_interval_and_is_judged_by_its_ratio():
-    found = change(compare_records(record_of(timed("a", (3e-3,))), record_of(timed("a", (2e-3,)))), "decode")
-    assert (found.ci95, found.verdict, found.reason) == (None, "worse", "one round has no interval")
+def test_one_round_has_no_interval_and_no_verdict():
+    old, new = timed("a", (2e-3, 2e-3, 2e-3)), timed("a", (3e-3,), peak=90_000_000, file_bytes=2 * 10**7)
+    found = compare_records(record_of(new), record_of(old))
+    decode = change(found, "decode")
+    assert (decode.ci95, decode.verdict, decode.reason) == (None, "unknown", "one round has no interval") and decode.ratio == pytest.approx(1.5, rel=1e-3)
+    assert {item.metric: item.verdict for item in found.changes} == {"prefill": "unknown", "decode": "unknown", "peak memory": "unknown", "file": "worse"}
 
 
 def test_files_and_memory_are_compared_too():
@@ -163,3 +166,100 @@ def test_the_interval_of_a_ratio_is_welchs_on_logarithms():
     expected = ttest_ind([math.log(x) for x in new], [math.log(x) for x in old], equal_var=False).confidence_interval(0.95)
     assert ratio == pytest.approx(geometric_mean(new) / geometric_mean(old))
     assert interval == pytest.approx((math.exp(expected.low), math.exp(expected.high)))
+
+
+def quality_of_a(*, kl=0.02, status="ok", reason=None, reference="r", **changed):
+    return Quality("a", reference, status, reason, {**figures(kl, 1.0), **changed} if status == "ok" else {})
+
+
+def kl_change(new, old, paired=same_windows):
+    """The change of quality between two records of one setting that runs; ``None`` stands for one without quality."""
+    row = timed("a", (2e-3, 2e-3))
+    records = [record_of(row, quality=() if quality is None else (quality,)) for quality in (new, old)]
+    found = [item for item in compare_records(*records, paired=paired).changes if item.metric in ("KL", "error")]
+    return found[0] if found else None
+
+
+def test_what_other_references_say_is_not_compared_and_they_are_named():
+    row = timed("a", (2e-3, 2e-3))
+    after, before = (record_of(row, quality=(quality_of_a(kl=kl, reference=name),)) for kl, name in ((0.02, "bf16"), (0.01, "fp32")))
+    found = compare_records(after, before, paired=same_windows)
+    assert (change(found, "KL").verdict, change(found, "KL").reason) == ("unknown", "judged against another reference")
+    assert [(item.what, item.old, item.new) for item in found.differences] == [("reference of quality", "fp32", "bf16")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [
+        ({"options": {"path": "elsewhere", "dtype": "bf16"}}, "unknown"),
+        ({"engine": "f:load"}, "unknown"),
+        ({"scheme": "int8"}, "unknown"),
+        ({"options": {"path": "elsewhere", "dtype": "fp32"}}, "worse"),
+    ],
+)
+def test_a_reference_of_the_same_name_is_another_where_it_computes_otherwise(changes, verdict):
+    rows = [timed(name, (2e-3, 2e-3)) for name in ("a", "r")]
+    after, before = (record_of(*rows, quality=(quality_of_a(kl=kl),)) for kl in (0.02, 0.01))
+    judge = replace(before.settings[1], options={"path": "here", "dtype": "fp32"})
+    before = replace(before, settings=(before.settings[0], judge))
+    after = replace(after, settings=(after.settings[0], replace(judge, **changes)))
+    assert change(compare_records(after, before, paired=same_windows), "KL").verdict == verdict
+
+
+def test_a_first_divergence_is_worse_and_the_last_one_gone_is_better():
+    none, some = quality_of_a(kl=0.0), quality_of_a(kl=0.3)
+    found = kl_change(some, none, lambda new, old: (math.inf, None))
+    assert (found.verdict, found.ratio, found.reason) == ("worse", None, "there was no divergence before")
+    for interval in (None, (0.0, 0.0)):
+        found = kl_change(none, some, lambda new, old, interval=interval: (0.0, interval))
+        assert (found.verdict, found.reason) == ("better", "there is no divergence now")
+    assert kl_change(some, none, lambda new, old: None).verdict == "unknown"  # on other windows it may always have been so
+
+
+@pytest.mark.parametrize("status", ["error", "oom", "timeout"])
+def test_what_can_not_be_judged_any_more_is_worse_for_that_reason(status):
+    fine, broken = quality_of_a(), quality_of_a(status=status, reason="NaN in window 3")
+    found = kl_change(broken, fine)
+    assert (found.verdict, found.metric, found.old, found.new, found.reason) == ("worse", "KL", 0.02, None, f"was ok, is {status}: NaN in window 3")
+    assert (kl_change(fine, broken).verdict, kl_change(fine, broken).reason) == ("better", f"was {status}, is ok")
+    assert kl_change(broken, broken) is None
+
+
+def test_what_was_not_asked_for_or_had_no_reference_is_unknown():
+    fine, untried = quality_of_a(), quality_of_a(status="unsupported", reason="not judged: the reference cannot run")
+    assert [kl_change(new, old).reason for new, old in ((None, fine), (fine, None))] == ["not judged now", "not judged in the baseline"]
+    found = kl_change(untried, fine)
+    assert (found.verdict, found.reason) == ("unknown", "was ok, is unsupported: not judged: the reference cannot run")
+    assert {kl_change(new, old).verdict for new, old in ((None, fine), (fine, None), (fine, untried))} == {"unknown"} and kl_change(None, None) is None
+
+
+@pytest.mark.parametrize("infinite", [None, math.inf])
+def test_a_divergence_that_became_infinite_is_worse(infinite):
+    fine, beyond = quality_of_a(), quality_of_a(kl_mean=infinite)
+    found = kl_change(beyond, fine)
+    assert (found.verdict, found.new, found.reason) == ("worse", None, "it is infinite now")
+    assert (kl_change(fine, beyond).verdict, kl_change(beyond, beyond).verdict) == ("better", "tie")
+    longer = {"method": {"name": "disjoint windows of 256 tokens", "n_tokens": 8192}}
+    assert kl_change(quality_of_a(kl_mean=infinite, **longer), fine).reason == "not judged on the same windows"
+    assert kl_change(quality_of_a(kl_mean=infinite, corpus={"sha256": "cd"}), fine).reason == "judged on another text"
+
+
+def test_models_without_classes_are_compared_by_their_error():
+    def judged(error, **more):
+        return Quality("a", "r", "ok", None, {"relative_error": error, "cosine_mean": 0.99, "inputs": {}, "corpus": {"name": "drawn"}, **more})
+
+    def doubled(new, old):
+        return 2.0, (1.8, 2.2)
+
+    found = kl_change(judged(0.2), judged(0.1), doubled)
+    assert (found.metric, found.unit, found.old, found.new, found.verdict) == ("error", "share", 0.1, 0.2, "worse")
+    assert kl_change(judged(0.2), judged(0.1), lambda new, old: None).reason == "not judged on the same inputs"
+    assert kl_change(judged(0.2, kl_mean=0.1), judged(0.1), doubled).metric == "error"
+    assert kl_change(judged(0.2, kl_mean=0.1), judged(0.1, kl_mean=0.1), doubled).metric == "KL"
+    assert kl_change(judged(0.2), quality_of_a()).reason == "not judged now"
+    assert kl_change(judged(2e-7), judged(1e-7), doubled).reason == "both are rounding noise"
+
+
+def test_quality_without_an_interval_is_no_verdict():
+    found = kl_change(quality_of_a(kl=0.04), quality_of_a(), lambda new, old: (2.0, None))
+    assert (found.ratio, found.verdict, found.reason) == (2.0, "unknown", "too few windows for an interval")

@@ -1,13 +1,15 @@
 import os
+from itertools import count
 from pathlib import Path
 
 import fake_device
 import pytest
 
 from qlora_tools.bench import attempts, worker
-from qlora_tools.bench.accelerator import Accelerators, Instruments
-from qlora_tools.bench.record import Case, Setting, Workload
+from qlora_tools.bench.accelerator import Accelerator, Accelerators, Instruments
+from qlora_tools.bench.record import Case, Setting, Workload, parse_record
 from qlora_tools.bench.run import run_bench
+from qlora_tools.errors import MissingError
 
 MIB = 1 << 20
 FAKE = Instruments("fake_device:open_meter", "fake_device:watch_arena", "fake_device:hold_context")
@@ -138,3 +140,42 @@ def test_a_setting_that_never_ran_has_no_memory_measured(in_process):
     assert (row.status, row.device_memory) == ("error", None)
     assert [call["job"] for call in in_process] == ["latency"]
     assert not os.listdir(fake_device.folder())  # noqa: PTH208
+
+
+def reads(monkeypatch, is_lost):
+    """The benchmark's own readings, of which those that ``is_lost(number)`` names fail."""
+    plain, numbers = Accelerator.read, count(1)
+
+    def read(self):
+        if is_lost(next(numbers)):
+            raise MissingError("GPU-fake does not tell its memory: GPU is lost", hint="run `nvidia-smi`")
+        return plain(self)
+
+    monkeypatch.setattr(Accelerator, "read", read)
+
+
+def test_a_lost_accelerator_costs_its_rows_and_not_the_benchmark(in_process, monkeypatch):
+    reads(monkeypatch, lambda number: True)
+    record = bench(setting(), setting("host", device="cpu"))
+    row = record.row("gpu")
+    assert (row.status, row.reason) == ("error", "the accelerator cannot be read: GPU-fake does not tell its memory: GPU is lost")
+    assert (row.attempts[0].device, row.device_memory, record.row("host").status) == ({}, None, "ok")
+    assert len(in_process) == 1  # nothing was started for the lost one
+    assert parse_record(record.to_json()).row("gpu").status == "error"
+
+
+@pytest.mark.parametrize("hides", [False, True])
+def test_a_reading_that_is_missing_afterwards_keeps_the_times_and_says_so(in_process, monkeypatch, hides):
+    if hides:
+        monkeypatch.setenv("FAKE_HIDES", "1")
+    reads(monkeypatch, lambda number: number % 2 == 0)
+    row = bench(setting(), limits=True).row("gpu")
+    attempt = row.attempts[0]
+    assert row.status == "ok" and row.prefill.n == 2 and set(attempt.device) >= {"before", "during", "reason"} and "after" not in attempt.device
+    assert attempt.device["reason"].startswith("the accelerator could not be read afterwards: GPU-fake does not tell")
+    assert (row.device_memory.process_peak_bytes, row.device_memory.arena_peak_bytes) == (
+        None if hides else fake_device.CONTEXT + fake_device.ARENA,
+        fake_device.ARENA,
+    )
+    if hides:
+        assert "was not read before and after" in row.unknown["device_memory.process_peak_bytes"]

@@ -183,3 +183,39 @@ def test_what_cannot_be_run_is_refused(tmp_path):
         load(str(tmp_path), threads=1)
     with pytest.raises(UnsupportedError, match="no adapter"):
         load(str(tmp_path), threads=1, adapter="a")
+
+
+def test_a_classifier_in_a_pickle_and_a_denoiser_in_one_are_refused(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    saved(tmp_path / "text", transformers.BertConfig(**BODY, vocab_size=60, num_labels=3), transformers.BertForSequenceClassification)
+    diffusers.UNet2DModel(
+        sample_size=8, block_out_channels=(16,), norm_num_groups=4, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
+    ).save_pretrained(tmp_path / "image", safe_serialization=False)
+    (tmp_path / "text/model.safetensors").unlink()
+    torch.save({}, tmp_path / "text/pytorch_model.bin")
+    for folder in ("text", "image"):
+        with pytest.raises(UnsupportedError, match="pickle files can run code"):
+            load(str(tmp_path / folder), threads=1)
+
+
+def test_diffusers_is_told_to_read_safetensors_alone(tmp_path, monkeypatch):
+    diffusers = pytest.importorskip("diffusers")
+    told = {}
+
+    def from_pretrained(folder, **words):
+        told.update(words)
+        raise OSError("enough")
+
+    monkeypatch.setattr(diffusers.UNet2DModel, "from_pretrained", from_pretrained)
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
+    (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    with pytest.raises(UnsupportedError, match="diffusers cannot load it: enough"):
+        load(str(tmp_path), threads=1)
+    assert told["use_safetensors"] is True and told["local_files_only"] is True
+
+
+def test_a_config_that_transformers_cannot_read_is_refused_with_a_task_too(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "architectures": ["BertModel"], "auto_map": {"AutoConfig": "own.Config"}}))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UnsupportedError, match=r"transformers cannot read its config\.json"):
+        load(str(tmp_path), threads=1, task="fill-mask")

@@ -1,6 +1,7 @@
 import gc
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from qlora_tools.bench.hf_engine import load, loading_words, stored_bytes
-from qlora_tools.errors import CorruptError, MissingError, UsageError
+from qlora_tools.errors import CorruptError, MissingError, UnsupportedError, UsageError
 
 IDS = np.random.default_rng(0).integers(0, 96, (2, 12))
 
@@ -187,3 +188,52 @@ def test_wrong_words_are_refused_before_loading(folder, tmp_path):
         load(str(tmp_path), threads=1)
     with pytest.raises(UsageError, match="decode before prefill"):
         load(folder, threads=1).decode(IDS[:, 0])
+
+
+def test_nothing_but_safetensors_and_the_librarys_own_code_is_asked_for(folder):
+    words = loading_words(folder, threads=1, dtype="fp32", device="cpu")
+    assert words["trust_remote_code"] is False and words["use_safetensors"] is True and words["local_files_only"] is True
+
+
+def copied(folder, target, **changes):
+    """The folder with another config.json."""
+    shutil.copytree(folder, target, dirs_exist_ok=True)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, **changes}))
+    return str(target)
+
+
+def test_a_folder_of_pickles_is_refused_before_one_is_opened(folder, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "boom",)
+
+    path = copied(folder, tmp_path / "model")
+    (tmp_path / "model/model.safetensors").unlink()
+    torch.save({"w": Bomb()}, tmp_path / "model/pytorch_model.bin")
+    with pytest.raises(UnsupportedError, match=r"pytorch_model\.bin: pickle files can run code"):
+        load(path, threads=1)
+    (tmp_path / "model/pytorch_model.bin").unlink()
+    with pytest.raises(MissingError, match="no weights in safetensors"):
+        load(path, threads=1)
+    assert not (tmp_path / "boom").exists()
+
+
+def test_code_of_the_folder_is_neither_run_nor_asked_about(folder, tmp_path, monkeypatch):
+    path = copied(folder, tmp_path / "model", model_type="own", auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"})
+    (tmp_path / "model/own.py").write_text(f"open({str(tmp_path / 'boom')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question on the terminal"))
+    with pytest.raises(UnsupportedError, match="transformers cannot load it") as raised:
+        load(path, threads=1)
+    assert "never run" in raised.value.hint and not (tmp_path / "boom").exists()
+
+
+def test_sizes_that_no_model_has_and_broken_weights_are_named(folder, tmp_path):
+    with pytest.raises(CorruptError, match="num_hidden_layers"):
+        load(copied(folder, tmp_path / "deep", num_hidden_layers=100_000_000), threads=1)
+    with pytest.raises(UnsupportedError, match="cannot load it"):
+        load(copied(folder, tmp_path / "odd", hidden_size=100, num_attention_heads=32), threads=1)
+    path = copied(folder, tmp_path / "broken")
+    (tmp_path / "broken/model.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(CorruptError, match="cannot be read as safetensors"):
+        load(path, threads=1)

@@ -43,9 +43,9 @@ def workers(monkeypatch):
     return workers
 
 
-def bench(path, rounds=3, workload=WORK, **changes):
+def bench(path, rounds=3, workload=WORK, judge=None, **changes):
     settings = [Setting(name, "x:y", {"name": name}, **changes) for name in ("a", "bb")]
-    return run_bench(settings, workload, rounds=rounds, quality=QualityTask("p:q", settings[0]), journal=path)
+    return run_bench(settings, workload, rounds=rounds, quality=QualityTask("p:q", judge or settings[0]), journal=path)
 
 
 @pytest.mark.parametrize("stop", [0, 1, 5, ALL - 1])
@@ -106,11 +106,50 @@ def test_a_model_made_again_is_another_plan_wherever_its_bytes_differ(tmp_path):
     plan = plan_of([setting])
     os.utime(file, (0, 0))
     assert plan_of([setting]) == plan
-    for at in (5, (3 << 20) - 5):
+    for at in (5, (3 << 20) // 2 + 5, (3 << 20) - 5):  # embeddings, what lies between, and the head
         changed = bytearray(b"x" * (3 << 20))
         changed[at] = 0
         file.write_bytes(changed)
         assert plan_of([setting]) != plan
+
+
+def test_pieces_are_taken_from_all_over_a_large_file(tmp_path):
+    plain = bytes(8 << 20)
+    plans = []
+    for at in (None, 2 << 20, 4 << 20, 6 << 20):
+        content = bytearray(plain)
+        if at is not None:
+            content[at + 100] = 1
+        (tmp_path / "model.safetensors").write_bytes(content)
+        plans.append(json.dumps(plan_of([Setting("a", "x:y", path=str(tmp_path))])))
+    assert len(set(plans)) == 4
+
+
+def test_a_manifest_tells_of_every_byte(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"x")
+    setting = Setting("a", "x:y", path=str(tmp_path))
+    without = plan_of([setting])
+    plans = []
+    for sha in ("ab", "cd", "ab"):
+        (tmp_path / "qlt-manifest.json").write_text(json.dumps({"files": {"model.onnx": {"sha256": sha}}}))
+        plans.append(plan_of([setting]))
+    assert plans[0] == plans[2] != plans[1] and without not in plans
+    assert plan_of([replace(setting, path=str(tmp_path / "model.onnx"))])["setting `a`"]["files"] == without["setting `a`"]["files"]
+
+
+def test_a_reference_that_is_not_measured_belongs_to_the_plan_with_its_files(workers, tmp_path):
+    weights = tmp_path / "ref" / "model.onnx"
+    weights.parent.mkdir()
+    weights.write_bytes(b"one")
+    judge = Setting("ref", "x:y", path=str(weights.parent))
+    bench(tmp_path / "j", judge=judge)
+    bench(tmp_path / "j", judge=judge)
+    assert workers.started == ALL
+    weights.write_bytes(b"two")
+    with pytest.raises(IncompatibleError, match="reference `ref` changed since"):
+        bench(tmp_path / "j", judge=judge)
+    measured = Setting("a", "x:y")
+    assert plan_of([measured], judge)["order of settings"] == ["a"] and plan_of([measured], measured) == plan_of([measured])
 
 
 def test_why_a_setting_cannot_run_may_be_worded_anew():

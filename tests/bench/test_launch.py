@@ -1,5 +1,8 @@
 import contextlib
+import math
 import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -70,6 +73,32 @@ def test_a_hanging_worker_is_ended_with_its_children(tmp_path):
         while is_running(pid) and time.monotonic() < deadline:
             time.sleep(0.02)
         assert not is_running(pid)
+
+
+def until(fulfilled, seconds=20.0):
+    deadline = time.monotonic() + seconds
+    while not fulfilled() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return fulfilled()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl")
+def test_a_worker_does_not_outlive_a_parent_that_was_killed(tmp_path):
+    """It would compute beside the benchmark that goes on."""
+    pids = tmp_path / "pids"
+    job = {"job": "latency", "engine": "fake_engine:hang", "options": {"pid_file": str(pids)}, "threads": 1, "workload": WORK}
+    script = f"from qlora_tools.bench.launch import run_worker; run_worker({job!r}, timeout_s=60.0, environment={ENVIRONMENT!r})"
+    parent = subprocess.Popen([sys.executable, "-c", script])
+    assert until(lambda: pids.exists() and pids.read_text())
+    worker, grandchild = map(int, pids.read_text().split())
+    parent.kill()
+    parent.wait()
+    assert until(lambda: not is_running(worker))
+    os.kill(grandchild, signal.SIGKILL)  # what a worker started itself is beyond this
+
+
+def test_a_wait_without_end_is_a_long_one():
+    assert launch("load", timeout_s=math.inf)["status"] == "ok"
 
 
 def is_running(pid):

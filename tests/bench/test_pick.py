@@ -136,3 +136,18 @@ def test_every_metric_and_objective_can_be_asked_of_a_record():
         assert (value is None) == (reason is not None) and write_figure(name, value)
     assert all(name in METRICS for names in OBJECTIVES.values() for name in names)
     assert figure_of(record, "nobody", "kl") == (None, "it was not measured")
+
+
+def test_a_wish_that_is_missed_by_nothing_is_the_nearest():
+    found = pick(make_record(), "kl<0.004,file<20MB")  # int8 is at 0.004; fp32 has 40 MB
+    assert found.setting is None and "int8 <fast> & |small| comes nearest and misses kl<0.004 with 0.004, off by 0 %" in found.remarks[0]
+
+
+def test_the_untuned_base_is_never_the_choice():
+    record = make_record()
+    record = replace(record, settings=tuple(replace(item, label="untuned") if item.id == "int8" else item for item in record.settings))
+    found = pick(record, "kl<1")
+    assert found.setting == "fp32" and "int8" not in {item.setting for item in found.candidates}
+    assert pick(record, "kl<1,file<15MB").remarks == ("nobody meets file<15MB: slow comes nearest with 20 MB, off by 33.3 %",)
+    alone = replace(record, settings=record.settings[1:2], rows=record.rows[1:2], quality=record.quality[1:2])
+    assert pick(alone, "kl<1").setting == "int8"

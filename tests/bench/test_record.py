@@ -53,6 +53,12 @@ def broken(change):
         (broken(lambda v: v.update(rounds="3")), "`rounds` is str"),
         (broken(lambda v: v["rows"][0]["attempts"][0].pop("wall_s")), "wall_s"),
         (broken(lambda v: v["workload"]["cases"][0].update(batch=0)), "batch is 0"),
+        (broken(lambda v: v["rows"][0]["prefill"].update(p50_s=float("nan"))), "NaN is no number"),
+        (broken(lambda v: v["rows"][0].update(energy_j="FIGURE")).replace(b'"FIGURE"', b"1e400"), "1e400 is no number"),
+        (broken(lambda v: v["rows"][0].update(file_bytes="FIGURE")).replace(b'"FIGURE"', b"9" * 5000), "999 is no number"),
+        (b'{"schema":' + b"[" * 100_000, "64 levels deep"),
+        (broken(lambda v: v["machine"].update(cpu="FIGURE")).replace(b'"FIGURE"', b"[" * 500 + b"]" * 500), "64 levels deep"),
+        (broken(lambda v: v["rows"][0]["unknown"].update(load=3)), r"rows\[0\].unknown.load` is int"),
     ],
 )
 def test_a_damaged_file_is_refused_with_the_place(content, message):

@@ -13,7 +13,7 @@ def test_of_two_attempts_of_a_round_the_calmer_counts_and_both_are_kept():
     busy, calm = replace(attempt(0, 9e-3), cpu_stall=0.5), replace(attempt(0, 1e-3), cpu_stall=0.2)
     row = summarise_row(SETTING, Case(), [busy, attempt(1, 1e-3), calm])
     assert len(row.attempts) == 3
-    assert (row.decode.n_runs, row.cpu_stall, row.reason) == (10, 0.2, None)
+    assert (row.decode.n_runs, row.cpu_stall, row.reason) == (2, 0.2, None)
     assert row.decode.p50_s == pytest.approx(1e-3, rel=0.01)
     assert counted([calm, busy]) == counted([busy, calm]) == [calm]
 
@@ -28,7 +28,7 @@ def test_energy_of_the_busier_attempt_is_not_lost():
 def test_a_second_attempt_that_failed_takes_nothing_from_the_first():
     failed = replace(attempt(0, 1e-3), status="timeout", reason="late", cpu_stall=0.0)
     row = summarise_row(SETTING, Case(), [replace(attempt(0, 1e-3), cpu_stall=0.5), failed])
-    assert (row.status, row.reason, row.decode.n_runs) == ("ok", None, 5)
+    assert (row.status, row.reason, row.decode.n_runs) == ("ok", None, 1)
 
 
 def test_rounds_without_a_good_attempt_are_counted_as_rounds():
@@ -62,3 +62,12 @@ def test_a_model_that_looks_once_has_no_decoding_and_says_so():
     assert row.unknown["prefill_tokens_per_s"] == "this model reads no tokens"
     reads = summarise_row(SETTING, Case(128, 1, 4), [replace(once, info={"work": "forward"})])
     assert reads.prefill_tokens_per_s == pytest.approx(4 * 128 / reads.prefill.p50_s)
+
+
+def test_the_interval_of_decoding_is_of_processes_and_its_quantiles_of_all_steps():
+    times = [1e-3, 2e-3, 3e-3, 4e-3, 5e-3, 6e-3]
+    decode = summarise_row(SETTING, Case(), [attempt(number, step_s) for number, step_s in enumerate(times)]).decode
+    assert decode.ci95_p50_s == pytest.approx((times[0], times[-1]), rel=0.01)  # the runs of a process, alike as they are, would narrow it
+    assert (decode.n, decode.n_runs) == (6 * 5 * 64, 6) and decode.p99_s == pytest.approx(times[-1], rel=0.01)
+    few = summarise_row(SETTING, Case(), [attempt(number, 1e-3) for number in range(5)]).decode
+    assert (few.ci95_p50_s, few.unknown["ci95_p50_s"]) == (None, "5 processes, 6 needed") and few.p99_s is not None

@@ -29,10 +29,11 @@ def test_the_median_interval_follows_the_binomial_table():
     assert median_interval([]) is None
 
 
-def test_steps_of_one_run_count_as_one_for_the_interval():
+def test_samples_of_one_process_count_as_one_for_the_interval():
     found = summarise([[1.0, 2.0, 3.0]] * 5)
     assert found.ci95_p50_s is None
-    assert found.unknown["ci95_p50_s"] == "5 runs, 6 needed"
+    assert found.unknown["ci95_p50_s"] == "5 processes, 6 needed"
+    assert summarise([[1.0, 2.0]]).unknown["ci95_p50_s"] == "1 process, 6 needed"
     assert summarise([[float(i), i + 2.0] for i in range(6)]).ci95_p50_s == (1.0, 6.0)
 
 

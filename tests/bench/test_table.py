@@ -9,9 +9,11 @@ from qlora_tools.bench.table import bench_table, broken_identities, failures, le
 
 
 def test_a_cell_shows_the_median_and_explains_its_interval():
-    cell = bench_table(make_record()).column("decode_p50")[0]
-    assert cell.text == "4.003"
-    assert cell.note.startswith("median of 960; 95 % interval 4.00")
+    cell = bench_table(make_swept()).column("decode_p50")[0]
+    assert cell.text == "9.388"
+    assert cell.note == "median of 1920; 95 % interval 9.388 to 9.388"
+    few = bench_table(make_record()).column("decode_p50")[0]
+    assert (few.text, few.note) == ("4.003", "median of 960; no interval: 3 processes, 6 needed")
 
 
 def test_a_failed_setting_keeps_its_line():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_tools.checkpoint import folder as folder_module
 from qlora_tools.checkpoint.folder import output_folder, replace_file, seal
 from qlora_tools.errors import OutputExistsError, StorageError, UsageError
 from qlora_tools.manifest import Manifest, read_manifest, sha256_file
@@ -128,3 +129,45 @@ def test_a_replaced_file_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
     with pytest.raises(StorageError, match=r"run\.json failed: No space"):
         replace_file(path, b"newer")
     assert [(item.name, item.read_bytes()) for item in tmp_path.iterdir()] == [("run.json", b"new")]
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError])
+def test_without_an_exchange_an_interruption_between_the_renames_brings_the_old_output_back(tmp_path, monkeypatch, stop):
+    make(tmp_path / "out", "old")
+    rename = Path.rename
+
+    def interrupted(self, target):
+        if self.suffix == ".partial" and not Path(target).exists():
+            raise stop
+        return rename(self, target)
+
+    monkeypatch.setattr(folder_module, "_exchange", lambda first, second: False)
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(stop):
+        make(tmp_path / "out", "new", force=True)
+    assert (tmp_path / "out/weights").read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_without_an_exchange_the_new_output_takes_the_place_of_the_old(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_module, "_exchange", lambda first, second: False)
+    make(tmp_path / "out", "old")
+    make(tmp_path / "out", "new", force=True)
+    assert (tmp_path / "out/weights").read_text() == "new" and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_sealing_again_replaces_a_link_and_not_what_it_points_to_and_counts_neither(tmp_path):
+    make(tmp_path / "out")
+    mine = tmp_path / "mine.json"
+    mine.write_text("{}")
+    for name in ("qlt-manifest.json", "linked"):
+        (tmp_path / "out" / name).unlink(missing_ok=True)
+        (tmp_path / "out" / name).symlink_to(mine)
+    seal(tmp_path / "out", Manifest("checkpoint", {"verb": "test"}))
+    sealed = seal(tmp_path / "out", Manifest("checkpoint", {"verb": "test"}))
+    assert mine.read_text() == "{}" and set(sealed.files) == {"weights"} and read_manifest(tmp_path / "out").files == sealed.files
+
+
+def test_a_link_to_nothing_does_not_keep_an_output_from_being_written(tmp_path):
+    with output_folder(tmp_path / "out") as folder:
+        (folder / "dangling").symlink_to("nowhere")
+    assert (tmp_path / "out/dangling").is_symlink()

@@ -64,3 +64,16 @@ def test_of_a_hub_id_only_the_config_is_fetched_where_it_is_enough(monkeypatch, 
     assert hub.resolve_config("mine.json").name == "mine.json"
     with pytest.raises(MissingError, match=r"no config\.json"):
         hub.resolve_config(str(tmp_path))
+
+
+def test_a_snapshot_in_the_cache_is_found_without_asking_the_hub(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "_download", lambda *_: pytest.fail("asked the hub"))
+    commit = "c0ffee" + "0" * 34
+    (tmp_path / f"models--org--name/snapshots/{commit}").mkdir(parents=True)
+    (tmp_path / "models--org--name/refs").mkdir()
+    (tmp_path / "models--org--name/refs/main").write_text(commit)
+    assert hub.cached_model(f"org/name@{commit}") == hub.cached_model("org/name") == tmp_path / f"models--org--name/snapshots/{commit}"
+    assert [hub.cached_model(name) for name in ("org/other", "org/name@other", "org/name@../../x", "../x", "a/b/c", "", "/etc")] == [None] * 7

@@ -131,3 +131,34 @@ def test_a_folder_without_weights_says_what_is_missing(tmp_path, name):
     (tmp_path / "empty").mkdir()
     with pytest.raises(MissingError):
         CheckpointReader(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_a_config_or_an_index_that_is_a_link_out_of_the_folder_is_refused(folder, tmp_path_factory, name):
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / name
+    (folder / name).rename(elsewhere)
+    (folder / name).symlink_to(elsewhere)
+    with pytest.raises(CorruptError, match=rf"{name} is a link that leaves the folder"):
+        CheckpointReader(folder)
+
+
+def test_a_config_in_a_hub_cache_is_read_through_its_link(tmp_path):
+    blobs, snapshot = tmp_path / "models--x--y/blobs", tmp_path / "models--x--y/snapshots/abc"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    (blobs / "4567").write_text('{"model_type": "llama"}')
+    (snapshot / "config.json").symlink_to("../../blobs/4567")
+    save_file(A, snapshot / "model.safetensors")
+    assert CheckpointReader(snapshot).config == {"model_type": "llama"}
+
+
+@pytest.mark.parametrize("text", [r'{"fine": 1, "note": "\ud800"}', r'{"fine": 1, "note": {"a": ["\uDFFF\ud83d"]}}', r'{"note\udc00": 1}'])
+def test_half_a_character_is_refused_by_its_key(folder, text):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(CorruptError, match=r"config\.json: 'note.*half of a character"):
+        CheckpointReader(folder)
+
+
+def test_a_whole_character_spelt_in_halves_is_read(folder):
+    (folder / "config.json").write_text(r'{"note": "\ud83d\ude00", "path": "C:\\udata"}')
+    assert CheckpointReader(folder).config == {"note": "\U0001f600", "path": "C:\\udata"}

@@ -89,6 +89,8 @@ def test_trailing_bytes_are_refused(file):
         ({"a": entry(shape=(1 << 40, 1 << 40))}, 4, "needs"),
         ({"a": entry(offsets=(4, 0))}, 4, "needs 4 bytes"),
         ({"a": entry(dtype="F4")}, 4, "dtype 'F4'"),
+        ({"a": entry(dtype=[])}, 4, "dtype '\\[\\]'"),
+        ({"a": entry(dtype={"F32": 1})}, 4, "dtype"),
         ({"a": {"dtype": "F32", "shape": [1]}}, 4, "does not hold"),
         ({"a": []}, 4, "does not hold"),
         ({"": entry()}, 4, "named"),

@@ -75,6 +75,15 @@ def test_the_unit_that_failed_is_part_of_the_line(capsys):
     assert capsys.readouterr().err == "error: `w` holds NaN (while running: nf4 w)\n"
 
 
+def test_an_error_about_a_foreign_name_does_not_steer_the_terminal(capsys):
+    error = errors.CorruptError("`x\x1b[2J`", hint="see \x9b")
+    error.add_note("\x1b]0;title\x07")
+    cli.report(error, as_json=True)
+    out, err = capsys.readouterr()
+    assert err == "error: `x\\x1b[2J` (\\x1b]0;title\\x07)\nhint: see \\x9b\n"
+    assert json.loads(out)["error"]["hint"] == "see \x9b" and "\x1b" not in out
+
+
 def test_json_errors_are_json(tmp_path):
     done = qlt("inspect", tmp_path / "nowhere", "--json")
     found = json.loads(done.stdout)["error"]
@@ -95,7 +104,7 @@ def test_interruption_has_its_own_code(capsys):
     assert cli.report(KeyboardInterrupt()) == 130 and cli.report(click.Abort()) == 130
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)])
 def test_a_signal_during_work_leaves_nothing_behind(tmp_path, number, code):
     script = (
         "import os, pathlib, sys, time, click\n"

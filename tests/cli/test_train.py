@@ -378,8 +378,30 @@ def test_a_saved_recipe_is_not_replaced_unless_forced(run, training):
     recipe("rank = 3\n")
     code, _, err = run(*WORDS, "--save-config", "run.toml")
     assert code == 7 and "already there" in err and Path("run.toml").read_text() == "rank = 3\n"
-    assert run(*WORDS, "--save-config", "run.toml", "--force")[0] == 0
+    assert run(*WORDS, "--save-config", "saved.toml")[0] == 0
+    assert run(*WORDS, "--rank", 5, "--save-config", "saved.toml")[0] == 7
+    assert run(*WORDS, "--rank", 5, "--save-config", "saved.toml", "--force")[0] == 0
+    assert Path("saved.toml").read_text().startswith("# qlt recipe\n") and "rank = 5\n" in Path("saved.toml").read_text()
     assert run(*WORDS, "--save-config", "nowhere/run.toml")[0] == 5
+
+
+@pytest.mark.parametrize("text", ["rank = 3\n", "# qlt recipes of mine\nrank = 3\n", "", "[tool]\nname = 'x'\n"])
+def test_what_is_no_saved_recipe_is_not_replaced_even_if_forced(run, training, text):
+    recipe(text)
+    code, _, err = run(*WORDS, "--save-config", "run.toml", "--force")
+    assert code == 7 and "does not begin with `# qlt recipe`" in err and Path("run.toml").read_text() == text and training.words == {}
+
+
+def test_a_recipe_that_cannot_be_written_leaves_the_one_before(run, training, monkeypatch):
+    assert run(*WORDS, "--save-config", "saved.toml")[0] == 0
+    before = Path("saved.toml").read_bytes()
+
+    def full(self, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    assert run(*WORDS, "--rank", 5, "--save-config", "saved.toml", "--force")[0] == 5
+    assert Path("saved.toml").read_bytes() == before and [path.name for path in Path().iterdir() if "saved" in path.name] == ["saved.toml"]
 
 
 # what is seen

@@ -196,10 +196,77 @@ def test_results_written_as_files_replace_nothing_but_results(qlt, here, llama):
     again = qlt(*asked)
     assert again.code == 7 and "out.json is already there" in again.err
     assert qlt(*asked, "--force").code == 0
-    (here / "out.json").write_text("notes of mine")
-    refused = qlt(*asked, "--force")
-    assert refused.code == 7 and "no result of qlt" in refused.err and (here / "out.json").read_text() == "notes of mine"
+    for mine in ("notes of mine", (llama / "config.json").read_text(), '{"schema": "qlt.bench/2"}', '["qlt.result/1"]', "[" * 100_000):
+        (here / "out.json").write_text(mine)
+        refused = qlt(*asked, "--force")
+        assert refused.code == 7 and "no result of qlt" in refused.err and (here / "out.json").read_text() == mine
     assert qlt("inspect", llama, "-o", "other.json", "--dry-run").code == 0 and files(here) == {"out.json"}
+
+
+@pytest.mark.parametrize("verb", ["quantize", "merge", "export"])
+def test_a_link_beside_the_weights_does_not_bring_out_what_it_points_to(qlt, here, llama, tuned, adapter, tmp_path, verb):
+    (tmp_path / "credentials").write_text("secret")
+    model = shutil.copytree(llama, tmp_path / "unpacked")
+    (model / "vocab.txt").symlink_to(tmp_path / "credentials")
+    for dry_run in ((), ("--dry-run",)):
+        done = qlt(*words(verb, model, tuned, adapter), *dry_run)
+        assert done.code == 4 and "vocab.txt is a link that leaves the folder" in done.err and files(here) == set()
+
+
+@pytest.mark.parametrize("verb", ["quantize", "merge", "merge onto a text", "export"])
+def test_a_text_in_the_output_is_not_lost_with_it(qlt, here, llama, tuned, adapter, verb):
+    asked = (*words(verb.split()[0], llama, tuned, adapter), *(("--nf4",) if verb.startswith("merge") else ()), "-o", "out")
+    assert qlt(*asked).code == 0
+    (here / "out/text.txt").write_text("years of work. " * 200)
+    option = "--text" if verb == "merge onto a text" else "--calib"
+    for dry_run in ((), ("--dry-run",)):
+        done = qlt(*asked, option, "out/text.txt", "--force", *dry_run)
+        assert done.code == 2 and "overlaps the input" in done.err and "text.txt" in done.err, done.err
+    assert (here / "out/text.txt").exists()
+
+
+def configured(llama, folder, **changes):
+    """``llama`` with other values in its config.json."""
+    model = shutil.copytree(llama, folder)
+    (model / "config.json").write_text(json.dumps({**json.loads((llama / "config.json").read_text()), **changes}))
+    return model
+
+
+@pytest.mark.parametrize("verb", ["quantize", "merge", "export"])
+def test_infinity_in_a_config_is_handed_on(qlt, here, llama, tuned, adapter, tmp_path, verb):
+    model = configured(llama, tmp_path / "model", time_step_limit=[0.0, float("inf")])
+    done = qlt(*words(verb, model, tuned, adapter), "-o", "out")
+    assert done.code == 0 and json.loads((here / "out/config.json").read_text())["time_step_limit"] == [0.0, float("inf")], done.err
+
+
+@pytest.mark.parametrize("verb", ["quantize", "merge", "export", "inspect"])
+def test_half_a_character_in_a_config_is_refused_by_its_key(qlt, here, llama, tuned, adapter, tmp_path, verb):
+    model = configured(llama, tmp_path / "model", note="\ud800")
+    done = qlt(*words(verb, model, tuned, adapter))
+    assert done.code == 4 and "'note' holds half of a character" in done.err and files(here) == set()
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[]", "holds a list, expected an object"),
+        ("{", "is not JSON"),
+        ('{"temperature": NaN}', "`temperature` is nan"),
+        ('{"top_p": Infinity}', "`top_p` is inf"),
+        ('{"top_k": [5]}', "`top_k` is [5]"),
+        ('{"eos_token_id": []}', "`eos_token_id` is []"),
+        ('{"bos_token_id": NaN}', "`bos_token_id` is nan"),
+    ],
+)
+def test_generation_settings_that_are_none_are_refused_before_the_graph_is_made(qlt, here, llama, tmp_path, monkeypatch, text, complaint):
+    from qlora_tools.verbs import export as verb
+
+    monkeypatch.setattr(verb, "write_graph", lambda *_: pytest.fail("the graph was made"))
+    model = shutil.copytree(llama, tmp_path / "model")
+    (model / "generation_config.json").write_text(text)
+    for dry_run in ((), ("--dry-run",)):
+        done = qlt("export", model, "--int8", *dry_run)
+        assert done.code == 4 and complaint in done.err and files(here) == set(), done.err
 
 
 def test_memory_that_python_itself_lacks_has_the_code_of_memory():

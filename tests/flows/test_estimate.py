@@ -10,7 +10,7 @@ import torch
 
 from qlora_tools import api
 from qlora_tools.checkpoint.logical import open_checkpoint
-from qlora_tools.errors import MissingError, UnsupportedError, UsageError
+from qlora_tools.errors import CorruptError, MissingError, UnsupportedError, UsageError
 from qlora_tools.live.outline import outline
 from qlora_tools.verbs import estimate as estimate_module
 from qlora_tools.verbs.published import published_for
@@ -128,6 +128,27 @@ def test_layers_of_two_kinds_are_counted_in_rounds():
     assert estimate_module._period({"num_hidden_layers": 4}) == 1
 
 
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"num_hidden_layers": 100_000_000}, 4),
+        ({"num_hidden_layers": -1}, 4),
+        ({"max_position_embeddings": "long"}, 4),
+        ({"hidden_size": 100, "num_attention_heads": 32}, 8),
+        ({"rms_norm_eps": "x"}, 8),
+    ],
+)
+def test_a_config_that_describes_no_model_ends_at_once_with_the_reason(qlt, here, model, changes, code):
+    (here / "odd.json").write_text(json.dumps({**json.loads((model / "config.json").read_text()), **changes}))
+    done = qlt("estimate", here / "odd.json")
+    assert done.code == code and ("odd.json" if code == 4 else "config.json") in done.err and "hint:" in done.err
+
+
+def test_kinds_of_layers_that_are_no_list_are_named():
+    with pytest.raises(CorruptError, match="layer_types"):
+        estimate_module._period({"num_hidden_layers": 9, "layer_types": 5})
+
+
 def test_the_command_prints_a_row_per_setting(qlt, here, model, found, monkeypatch):
     monkeypatch.setattr(estimate_module, "estimate", lambda **_: found)
     done = qlt("estimate", model, "--prompt", 8, "--new", 2, "--length", 8)
@@ -149,3 +170,10 @@ def test_refusals(tmp_path):
         api.estimate(model=tmp_path)
     with pytest.raises(UsageError, match="rank 0"):
         api.EstimateConfig(rank=0)
+
+
+def test_a_shallow_model_keeps_infinity_in_its_config(model, tmp_path):
+    config = {**json.loads((model / "config.json").read_text()), "time_step_limit": [0.0, float("inf")]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with estimate_module._shallow(outline(tmp_path), 2) as shallow:
+        assert shallow.config["time_step_limit"] == [0.0, float("inf")]

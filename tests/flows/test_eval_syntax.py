@@ -27,7 +27,7 @@ def test_checkpoints_exports_and_adapters_are_judged_on_the_same_prompts(qlt, he
     done = qlt(*words, "--json", "-o", here / "out.json")
     assert done.code == 0, done.err
     found = {model["name"]: model for model in done.json["models"]}
-    assert json.loads((here / "out.json").read_text()) == done.json
+    assert json.loads((here / "out.json").read_text()) == {"schema": "qlt.result/1", **done.json}
     assert list(found) == [str(llama), str(tuned), str(quantized), str(export), f"{llama} + {adapter}"]
     texts = {name: [generation["text"] for generation in model["result"]["generations"]] for name, model in found.items()}
     assert all(len(of_model) == 4 for of_model in texts.values())

@@ -211,6 +211,18 @@ def test_a_later_adapter_that_the_graph_has_no_inputs_for_is_refused(qlt, here, 
         assert done.code not in (0, 70) and said in done.err and files(here) == before, done.err
 
 
+def test_a_damaged_export_takes_no_later_adapter_and_is_named(qlt, here, llama, adapters):
+    style, code = adapters
+    assert qlt("export", llama, "--int4", "--adapters", code, "--no-verify", "-o", "e").code == 0
+    words = ("convert", style, "--for", "e", "--base", llama, "--to", "onnx_adapter", "-o", "late")
+    (here / "e/config.json").write_text("{")
+    done = qlt(*words)
+    assert done.code == 4 and "e/config.json is not JSON" in done.err
+    (here / "e/model.onnx").write_bytes((here / "e/model.onnx").read_bytes()[:-3])
+    done = qlt(*words)
+    assert done.code == 4 and "e/model.onnx is not a whole ONNX graph" in done.err and not (here / "late").exists()
+
+
 def test_cuda_graphs_take_adapters_in_their_own_16_bits(qlt, here, llama, adapters):
     for dtype, kind in (("fp16", "tensor(float16)"), ("bf16", "tensor(bfloat16)")):
         done = qlt("export", llama, "--int8", "--device", "cuda", "--dtype", dtype, "--adapters", adapters[0], "-o", dtype, "--json")

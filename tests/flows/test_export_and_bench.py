@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qlora_tools.checkpoint.logical import open_checkpoint
 from qlora_tools.manifest import read_manifest
@@ -61,6 +62,20 @@ def test_the_three_lines_work_as_typed(qlt, here, llama, tuned, text):
     quality = {item["setting"]: item["figures"] for item in record["quality"]}
     assert quality["base-tuned-r16-fp32"]["kl_mean"] == 0 and 0 < quality["base-tuned-r16-int8"]["kl_mean"] < 0.1
     assert str(here) not in json.dumps(record["settings"])
+
+
+def test_exports_of_the_model_as_it_was_are_neither_measured_nor_judge(qlt, here, llama):
+    shutil.copytree(llama, here / "m")
+    assert qlt("export", "m", "--fp32", "--no-verify").code == 0
+    weights = load_file(here / "m/model.safetensors")
+    save_file({name: tensor * 1.5 for name, tensor in weights.items()}, here / "m/model.safetensors", {"format": "pt"})
+    assert qlt("export", "m", "--int8", "--no-verify").code == 0
+    planned = qlt("bench", "--dry-run", "--prompt", 16, "--new", 4)
+    assert planned.code == 0 and "exports/m-fp32: made of another state of the model than exports/m-int8" in planned.err
+    assert "would be made, as the reference" in planned.err and "exports/m-fp32" not in planned.out
+    shutil.rmtree(here / "exports/m-int8")
+    gone = qlt("bench", "--dry-run", "--prompt", 16, "--new", 4)
+    assert gone.code == 9 and "is not there any more" in gone.err
 
 
 def test_a_merged_export_computes_what_the_tuned_model_computes(qlt, here, llama, tuned):

@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_tools import api
-from qlora_tools.errors import IncompatibleError, Interrupted, OutputExistsError, UsageError
+from qlora_tools.errors import CorruptError, IncompatibleError, Interrupted, OutputExistsError, UsageError
 from qlora_tools.training import events
 from qlora_tools.training.state import run_folder
 from qlora_tools.verbs.refine import refine_adapter
 from tests.conftest import build_llama
+from tests.flows.conftest import files
 from tests.flows.refining_material import WEIGHTS, build_adapter, build_base, build_teacher, write_text
 
 CONFIG = api.RefineConfig(steps=6, batch=2, length=24, windows=15, lr=2e-3, held_out=3, compute="fp32", eval_every=2, patience=None)
@@ -176,3 +177,72 @@ def test_after_an_extraction_it_needs_no_words(qlt, here, base, teacher):
     assert qlt("extract", "--base", base, "--tuned", teacher, "--rank", 2, "-o", "adapters/a").code == 0
     done = qlt("refine", "--dry-run")
     assert done.code == 0 and "adapters/a" in done.err and "teacher" in done.err, done.err
+
+
+TEXT_CONFIG = replace(CONFIG, steps=2, eval_every=1)
+
+
+def test_a_copy_takes_along_what_belongs_to_the_adapter_and_nothing_else(base, teacher, adapter, text, tmp_path):
+    crowded = shutil.copytree(adapter, tmp_path / "crowded")
+    for name in ("optimizer.pt", "hook.py", "chat_template.jinja", "training_args.json"):
+        (crowded / name).write_text(name)
+    (crowded / "checkpoint-1").mkdir()
+    api.refine(adapter=crowded, base=base, teacher=teacher, config=replace(TEXT_CONFIG, text=str(text)), output=tmp_path / "out")
+    assert files(tmp_path / "out") == {WEIGHTS, "adapter_config.json", "chat_template.jinja", "qlt-manifest.json"}
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "adapter_config.json"])
+def test_a_link_out_of_the_adapters_folder_is_refused_before_the_run(base, teacher, adapter, text, tmp_path, name):
+    crowded = shutil.copytree(adapter, tmp_path / "crowded")
+    secret = tmp_path / "credentials"
+    secret.write_bytes((adapter / "adapter_config.json").read_bytes())
+    (crowded / name).unlink(missing_ok=True)
+    (crowded / name).symlink_to(secret)
+    with pytest.raises(CorruptError, match=f"{name} is a link that leaves the folder"):
+        api.refine(adapter=crowded, base=base, teacher=teacher, config=replace(TEXT_CONFIG, text=str(text)), output=tmp_path / "out", dry_run=True)
+
+
+def test_in_place_everything_else_in_the_folder_stays(base, teacher, adapter, text, tmp_path):
+    mine, secret = shutil.copytree(adapter, tmp_path / "mine"), tmp_path / "credentials"
+    secret.write_text("secret")
+    (mine / "checkpoint-1/inner").mkdir(parents=True)
+    for name in ("optimizer.pt", "hook.py", f"checkpoint-1/{WEIGHTS}", "checkpoint-1/inner/state.json"):
+        (mine / name).write_text(name)
+    (mine / "vocab.txt").symlink_to(secret)
+    (mine / "gone.txt").symlink_to("nowhere")
+    before = {path.relative_to(mine) for path in mine.rglob("*")}
+    refine_adapter(mine, base=base, teacher=teacher, config=replace(TEXT_CONFIG, text=str(text)))
+    assert {path.relative_to(mine) for path in mine.rglob("*")} == before
+    assert (mine / f"checkpoint-1/{WEIGHTS}").read_text() == f"checkpoint-1/{WEIGHTS}"
+    assert (mine / "vocab.txt").is_symlink() and (mine / "gone.txt").is_symlink()
+    assert "vocab.txt" not in json.loads((mine / "qlt-manifest.json").read_text())["files"]
+
+
+def test_a_text_in_the_output_is_not_lost_with_it(base, teacher, adapter, text, tmp_path):
+    out = shutil.copytree(adapter, tmp_path / "out")
+    shutil.copyfile(text, out / "text.txt")
+    for words in ({"adapter": adapter, "output": out, "force": True}, {"adapter": out, "output": out}):
+        with pytest.raises(UsageError, match=r"overlaps the input .*text\.txt"):
+            api.refine(**words, base=base, teacher=teacher, config=replace(TEXT_CONFIG, text=str(out / "text.txt")))
+    assert (out / "text.txt").exists()
+
+
+def test_what_came_to_lie_at_the_output_is_not_replaced_by_a_resumed_run_unasked(base, teacher, adapter, text, tmp_path):
+    def stop(event):
+        if isinstance(event, events.Step):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    out, config = tmp_path / "out", replace(CONFIG, text=str(text))
+    with pytest.raises(Interrupted) as caught:
+        api.refine(adapter=adapter, base=base, teacher=teacher, config=config, output=out, listen=stop)
+    assert caught.value.hint.endswith(f"--resume -o {out}")
+    shutil.copytree(adapter, out)
+    (out / "mine.txt").write_text("mine")
+    with pytest.raises(OutputExistsError, match="already there"):
+        api.refine(resume=True, output=out)
+    assert (out / "mine.txt").read_text() == "mine" and run_folder(out).exists()
+    with pytest.raises(Interrupted) as caught:
+        api.refine(resume=True, output=out, force=True, listen=stop)
+    assert caught.value.hint.endswith("--force") and (out / "mine.txt").exists()
+    api.refine(resume=True, output=out, force=True)
+    assert not (out / "mine.txt").exists() and not run_folder(out).exists()

@@ -10,6 +10,7 @@ import torch
 
 from qlora_tools.training import loop
 from qlora_tools.verbs import train as verb
+from tests.flows.conftest import files
 from tests.flows.training_material import build, without_estimate_and_picture, write_images, write_labelled, write_pairs
 
 SHORT = ["--rank", 4, "--batch", 4, "--steps", 3, "--max-len", 64]
@@ -228,3 +229,24 @@ def test_a_run_that_fails_after_a_checkpoint_keeps_it(qlt, here, llama, monkeypa
     assert (here / "out.run/step-000002").is_dir()
     assert qlt(*words).code == 7
     assert qlt("train", "--resume", "-o", "out").code == 0
+
+
+def test_an_input_in_the_output_is_not_lost_with_it(qlt, here, llama):
+    write_pairs(here / "data.jsonl")
+    words = ["train", "--base", llama, "--data", "data.jsonl", *SHORT, "-o", "out"]
+    assert qlt(*words).code == 0
+    write_pairs(here / "out/pairs.jsonl")
+    (here / "out/text.txt").write_text("To be, or not to be. " * 300)
+    shutil.copytree(llama, here / "out/model")
+    before = files(here)
+    for given in (
+        ["--data", "out/pairs.jsonl"],
+        ["--val", "out/pairs.jsonl"],
+        ["--teacher", "out/model"],
+        ["--init", "out"],
+        ["--init", "qera", "--calib", "out/text.txt"],
+    ):
+        for dry_run in ([], ["--dry-run"]):
+            done = qlt(*words, *given, "--force", *dry_run)
+            assert done.code == 2 and "overlaps the input" in done.err, (given, done.err)
+    assert files(here) == before

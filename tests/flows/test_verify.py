@@ -217,6 +217,36 @@ def test_what_is_no_export_is_refused(qlt, llama, adapter, tmp_path):
     assert qlt("verify", tmp_path, "--against", llama).code == 9
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"inputs": {"model": "x"}}, "`inputs.model` is 'x'"),
+        ({"files": {"a": 3}}, "`files.a` is '3'"),
+        ({"files": {"../../base/model.safetensors": {"sha256": "0", "bytes": 1}}}, "expected a path inside the folder"),
+        ({"command": {"verb": "export", "adapters": []}}, "`command.adapters`"),
+        ({"command": {"verb": "export"}}, "`command.scheme` is missing"),
+        ({"report": {"x": [[]] * 3 + [{"y": float("nan")}]}}, "NaN"),
+    ],
+)
+def test_a_manifest_that_no_export_wrote_is_corrupt_and_named(qlt, exports, llama, tmp_path, change, message):
+    folder = shutil.copytree(exports / "int4", tmp_path / "e")
+    content = json.loads((folder / "qlt-manifest.json").read_text())
+    (folder / "qlt-manifest.json").write_text(json.dumps({**content, **change}))
+    for words in ((), ("--against", llama)):
+        done = qlt("verify", folder, *words)
+        assert done.code == 4 and "qlt-manifest.json" in done.err and message in done.err and "hint: " in done.err, done.err
+
+
+def test_an_export_that_sealed_nothing_is_not_verified(qlt, exports, llama, tmp_path):
+    folder = shutil.copytree(exports / "int4", tmp_path / "e")
+    content = json.loads((folder / "qlt-manifest.json").read_text())
+    (folder / "qlt-manifest.json").write_text(json.dumps({**content, "files": {}}))
+    done = qlt("verify", folder, "--against", llama, "--json")
+    assert done.code == 1 and "no graph was sealed" in checks(done)["files"]["found"]
+    (folder / "model.onnx").unlink()
+    assert qlt("verify", folder, "--against", llama).code == 1
+
+
 def test_manifest_and_dry_run(qlt, exports, llama):
     assert read_manifest(exports / "int8").kind == "export"
     done = qlt("verify", exports / "int8", "--against", llama, "--dry-run")

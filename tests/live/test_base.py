@@ -31,8 +31,8 @@ from transformers import (
 
 from qlora_tools.checkpoint.logical import open_checkpoint
 from qlora_tools.checkpoint.reader import tensor_sha256
-from qlora_tools.errors import IncompatibleError, UnsupportedError
-from qlora_tools.live.base import Base, load_base
+from qlora_tools.errors import CorruptError, IncompatibleError, UnsupportedError
+from qlora_tools.live.base import Base, build_empty, load_base
 from qlora_tools.live.frozen import FrozenConv1D, FrozenConv2d, FrozenLinear
 from qlora_tools.quant.codec import Codec
 from qlora_tools.quant.int8 import Int8
@@ -353,6 +353,64 @@ def test_old_names_with_weights_missing_are_refused(tmp_path: Path) -> None:
     folder = rewritten(bert(tmp_path / "old", BertModel), old_style, drop="pooler")
     with pytest.raises(IncompatibleError, match=r"pooler\.dense"):
         loaded(folder, "classification", labels=LABELS)
+
+
+# --- configs that describe no model -------------------------------------------------------------------------------------------
+
+
+def with_config(folder: Path, target: Path, **changes: Any) -> Path:
+    shutil.copytree(folder, target)
+    config = json.loads((folder / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, **changes}))
+    return target
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": -4096},
+        {"num_attention_heads": 0},
+        {"num_hidden_layers": -1},
+        {"num_hidden_layers": 100_000_000},
+        {"vocab_size": "many"},
+        {"rope_theta": float("inf")},
+    ],
+)
+def test_a_size_that_no_model_has_is_named_before_anything_is_built(changes: dict[str, Any], llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(CorruptError, match=rf"config\.json: `{next(iter(changes))}` is") as raised:
+        build_empty(open_checkpoint(with_config(llama, tmp_path / "model", **changes)), "language")
+    assert raised.value.hint
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": 100, "num_attention_heads": 32},
+        {"rms_norm_eps": "x"},
+        {"layer_types": 5},
+        {"hidden_act": ["a"]},
+        {"rope_parameters": 7},
+        {"head_dim": 7},
+    ],
+)
+def test_a_config_that_its_class_refuses_is_one_refusal(changes: dict[str, Any], llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=r"transformers builds no language model from its config\.json") as raised:
+        build_empty(open_checkpoint(with_config(llama, tmp_path / "model", **changes)), "language")
+    assert raised.value.hint
+
+
+def test_transformers_is_told_to_read_safetensors_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, Any] = {}
+
+    def from_pretrained(folder: Path, **words: Any) -> Any:
+        told.update(words)
+        raise OSError("enough")
+
+    folder = rewritten(bert(tmp_path / "old", num_labels=3), old_style)
+    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", from_pretrained)
+    with pytest.raises(UnsupportedError, match="transformers cannot load it: enough"):
+        loaded(folder, "classification")
+    assert told["use_safetensors"] is True and told["trust_remote_code"] is False and told["local_files_only"] is True
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ from qlora_tools.quant.int8 import Int8
 from qlora_tools.quant.nf4 import NF4
 from qlora_tools.specs import spec_of
 from qlora_tools.stages.merge import Storing, branches, merge_reports, plan_merge
-from qlora_tools.stages.merge_sums import summarize
+from qlora_tools.stages.merge_sums import measured, summarize
 from qlora_tools.stages.merge_units import Given, OnGrid, Requantized, lost_branch, stored_as
 
 FAMILY = family_of({"model_type": "llama"})
@@ -212,3 +212,10 @@ def test_calibration_disturbs_outputs_less(weight):
     plain = on_the_grid(weight, NF4(), rounding=Requantized(), moments=moments, share=0.05)[4]
     calibrated = on_the_grid(weight, NF4(), rounding=Requantized(lambda name: "input"), moments=moments, share=0.05)[4]
     assert calibrated.output_noise < 0.9 * plain.output_noise
+
+
+def test_a_change_of_zeros_has_no_relative_size():
+    torch.manual_seed(0)
+    change = torch.randn(8)
+    found = summarize([measured("classifier.bias", change, change, torch.zeros(8))])
+    assert found.delta_ratio is None and found.retention == pytest.approx(1)

@@ -10,7 +10,7 @@ import pytest
 
 from qlora_tools import api
 from qlora_tools.bench.record import read_record
-from qlora_tools.errors import CorruptError, Interrupted, MissingError, OutputExistsError, UsageError
+from qlora_tools.errors import CorruptError, IncompatibleError, Interrupted, MissingError, OutputExistsError, UsageError
 from qlora_tools.verbs import bench as verb
 from qlora_tools.verbs.bench_layers import layers_of, layers_of_models
 from qlora_tools.verbs.bench_names import interrupted_run, journal_of, next_run, short_labels, unique_names
@@ -116,9 +116,12 @@ def test_an_interrupted_benchmark_is_gone_on_with(models, stand_in, tmp_path):
         run(models, "base", quality=False, resume=True)
 
 
-def test_a_named_output_starts_anew_unless_it_is_to_be_resumed(models, stand_in, tmp_path):
+def test_what_an_unfinished_benchmark_measured_is_given_up_only_by_force(models, stand_in, tmp_path):
     journal_of(tmp_path / "out").write_text("of another time")
-    run(models, "base", quality=False, output=tmp_path / "out")
+    with pytest.raises(OutputExistsError, match="unfinished benchmark") as refused:
+        run(models, "base", quality=False, output=tmp_path / "out")
+    assert "--resume" in refused.value.hint and journal_of(tmp_path / "out").read_text() == "of another time" and not stand_in.calls
+    run(models, "base", quality=False, output=tmp_path / "out", force=True)
     assert not journal_of(tmp_path / "out").exists() and (tmp_path / "out/bench.json").exists()
 
 
@@ -127,7 +130,7 @@ def test_two_benchmarks_do_not_write_one_run(models, stand_in, tmp_path):
     with journal_of(tmp_path / "out").open("ab") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         with pytest.raises(UsageError, match="another benchmark is running"):
-            run(models, "base", quality=False, output=tmp_path / "out")
+            run(models, "base", quality=False, output=tmp_path / "out", force=True)
     assert journal_of(tmp_path / "out").read_text() == "of the one that is running" and not stand_in.calls
 
 
@@ -156,6 +159,14 @@ def test_wishes_and_baselines_are_judged_before_anything_is_measured(models, sta
     with pytest.raises(kind):
         run(models, "base", **words)
     assert not stand_in.calls
+
+
+def test_a_baseline_of_other_work_is_refused_before_anything_is_measured(models, stand_in):
+    before = run(models, "base")
+    calls = len(stand_in.calls)
+    with pytest.raises(IncompatibleError, match="no case of this benchmark"):
+        run(models, "base", workload=api.Workload(api.sweep(prompt=(9,), new=(4,), batch=(1,))), compare=before.output)
+    assert len(stand_in.calls) == calls
 
 
 def test_a_pick_and_a_comparison_come_with_the_result(models, stand_in):

@@ -199,10 +199,36 @@ def test_exports_and_checkpoints_mix_and_nothing_runs_twice(here, monkeypatch):
     assert as_they_are.planned[0].setting.export == "qlt export base --int8 --device cpu -o exports/base-int8"
 
 
-def test_two_models_with_one_name_keep_apart(here, llama):
-    shutil.copytree(llama, here / "other/base")
-    found = line_up(["base", "other/base"], settings=["torch-bf16"], device="cpu", judged=False)
-    assert len({item.setting.id for item in found.planned}) == 2
+def test_two_models_with_one_name_keep_apart(here, llama, tuned, monkeypatch):
+    quick(monkeypatch)
+    shutil.copytree(llama, here / "run1/step-5")
+    shutil.copytree(tuned, here / "run2/step-5")
+    found = line_up(["run1/step-5", "run2/step-5"], settings=["torch-bf16", "int8"], device="cpu", judged=False)
+    places = [str(item.folder) for item in found.planned if item.folder]
+    assert len({item.setting.id for item in found.planned}) == 4 and places == ["exports/run1-step-5-int8", "exports/run2-step-5-int8"]
+    assert {item.setting.name for item in found.planned} == {"run1-step-5-torch-bf16", "run1-step-5-int8", "run2-step-5-torch-bf16", "run2-step-5-int8"}
+
+
+def test_the_export_of_another_model_of_that_name_is_not_an_older_state_of_this_one(here, llama, tuned, monkeypatch):
+    quick(monkeypatch)
+    for number, model in ((1, llama), (2, tuned)):
+        shutil.copytree(model, here / f"run{number}/step-5")
+    line_up(["run1/step-5"], settings=["int8"], device="cpu", judged=False).made()
+    before = (here / "exports/step-5-int8/model.onnx.data").read_bytes()
+    (found,) = line_up(["run2/step-5"], settings=["int8"], device="cpu", judged=False).planned
+    assert (found.action, str(found.folder)) == ("make", "exports/step-5-int8-cpu")
+    found.made()
+    assert (here / "exports/step-5-int8/model.onnx.data").read_bytes() == before
+    shutil.move(here / "run1", here / "moved")
+    (same,) = line_up(["moved/step-5"], settings=["int8"], device="cpu", judged=False).planned
+    assert (same.action, str(same.folder)) == ("found", "exports/step-5-int8"), "the same values, wherever they lie now"
+
+
+def test_what_is_read_is_no_place_for_the_results(here, adapter):
+    found = plan("int8", "torch-bf16", adapters=[(adapter, 1.0)])
+    assert {"base", "ad", "exports/base-ad-int8", "checkpoints/base-ad-merged"} <= {
+        str(path.relative_to(here) if path.is_absolute() else path) for path in found.inputs
+    }
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import click
 from qlora_tools.cli.commands.report import judging_options, leave, show, tell_judgements
 from qlora_tools.cli.options import Shared, adapters_option, examples, shared, weighted
 from qlora_tools.cli.words import megabytes
+from qlora_tools.errors import MissingError
 
 if TYPE_CHECKING:
     from qlora_tools.verbs.bench import BenchResult
@@ -74,12 +75,18 @@ COUNTS = _Counts()
 @click.option(
     "--rounds",
     type=click.IntRange(min=1),
-    default=5,
+    default=6,
     show_default=True,
-    help="Fresh processes per setting and case, interleaved; below 5 no time is called faster.",
+    help="Fresh processes per setting and case, interleaved; below 6 a time has no interval, below 5 none is called faster.",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Threads per process. Default: all cores.")
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=600.0, show_default=True, help="Seconds that a process may take.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True, max=1e6),
+    default=600.0,
+    show_default=True,
+    help="Seconds that a process may take. Judging quality may take an hour, or this if it is longer.",
+)
 @click.option("--limits", is_flag=True, help="Also look for the smallest limit of GPU memory that each setting runs under. Takes many processes.")
 @click.option("--tokens", type=click.IntRange(min=1), default=4096, show_default=True, help="Tokens to judge quality on at most.")
 @click.option("--quality/--no-quality", default=True, show_default=True, help="Judge quality beside speed.")
@@ -179,10 +186,7 @@ def _with_reference(common: Shared, models: list[str], reference: str | None, *,
     """What to measure, the reference first. Without words: the exports of the last model; its fp32 export is made where it is missing."""
     exports = common.session.recall().get("exports") or []
     if not models:
-        last = common.session.pick("exports", "MODELS")[-1]
-        same = [item for item in exports if _same_model(item, last)]
-        models = [item["path"] for item in same]
-        common.screen.remark(f"using {', '.join(models)}")
+        models = _of_last_model(common, exports)
     if not judged:
         return models, reference
     if reference is None:
@@ -193,9 +197,20 @@ def _with_reference(common: Shared, models: list[str], reference: str | None, *,
     return [reference, *(model for model in models if Path(model) != Path(reference))], reference
 
 
-def _same_model(export: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether a remembered export is still there, and of what the other was made of."""
-    return all(export.get(field) == other.get(field) for field in ("model", "base", "adapters", "target")) and Path(export["path"]).is_dir()
+def _of_last_model(common: Shared, exports: list[dict[str, Any]]) -> list[str]:
+    """The remembered exports of the last model, as far as they are there and of the model as it was for the last of them."""
+    from qlora_tools.verbs.bench_reference import of_one_model
+
+    last = common.session.pick("exports", "MODELS")[-1]
+    fields = ("model", "base", "adapters", "target")
+    known = [item["path"] for item in exports if all(item.get(field) == last.get(field) for field in fields) and Path(item["path"]).is_dir()]
+    if last["path"] not in known:
+        raise MissingError(f"the last export, {last['path']}, is not there any more", hint="name what to measure: qlt bench MODEL")
+    models = [path for path in known if path == last["path"] or of_one_model(Path(path), Path(last["path"]))]
+    if older := [path for path in known if path not in models]:
+        common.screen.remark(f"note: {', '.join(older)}: made of another state of the model than {last['path']}, left out")
+    common.screen.remark(f"using {', '.join(models)}")
+    return models
 
 
 def _of_scheme(common: Shared, models: list[str], *schemes: str) -> str | None:
@@ -203,27 +218,33 @@ def _of_scheme(common: Shared, models: list[str], *schemes: str) -> str | None:
 
 
 def _fp32_beside(common: Shared, model: str, exports: list[dict[str, Any]]) -> str | None:
-    """The fp32 export of the same model as ``model``: found among the remembered ones, or made now."""
+    """The fp32 export of what ``model`` was made of: one that lies there, or made now."""
     from qlora_tools import api
+    from qlora_tools.verbs.bench_reference import SCHEME, judges, places_beside
 
     own = next((item for item in exports if Path(item["path"]) == Path(model)), None)
     if own is None:
         return None
-    for item in exports:
-        if item["scheme"] == "fp32" and _same_model(item, own):
-            return str(item["path"])
+    beside = itertools.takewhile(Path.exists, places_beside(Path(model), own["scheme"]))
+    for path in (*(Path(item["path"]) for item in exports if item["scheme"] == SCHEME), *beside):
+        if judges(path, Path(model)):
+            return str(path)
+    if common.dry_run:
+        common.screen.remark("the fp32 export of the same model would be made, as the reference")
+        return None
     common.screen.remark("making the fp32 export of the same model, as the reference")
-    dest = Path(model).parent / f"{Path(model).name.removesuffix('-' + own['scheme'])}-fp32"
-    if common.dry_run or dest.exists():
-        return str(dest)
+    dest = next(path for path in places_beside(Path(model), own["scheme"]) if not path.exists())
     api.export(
         model=own["model"],
         base=own["base"],
         adapters=[(path, weight) for path, weight in own["adapters"]],
         target=own.get("target"),
-        scheme="fp32",
+        scheme=SCHEME,
         output=dest,
         progress=common.screen.progress,
     )
-    common.session.add_export({**own, "path": str(dest), "scheme": "fp32"}, last=False)
+    common.session.add_export({**own, "path": str(dest), "scheme": SCHEME}, last=False)
+    if not judges(dest, Path(model)):
+        common.screen.remark(f"note: {own['model'] or own['base']} is not what {model} was made of any more; export it again to judge its quality")
+        return None
     return str(dest)

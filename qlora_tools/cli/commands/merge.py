@@ -107,7 +107,7 @@ def _say(common: Shared, result: MergeResult) -> None:
     screen.say(f"{plural(result.changed_tensors, 'tensor')} changed, merged onto the {result.target} weights{way}, {megabytes(result.stored_bytes)}")
     if (kept := result.retention) is not None:
         zone = "" if kept.dead_zone is None else f", {kept.dead_zone:.2f} of half a step of the grid"
-        screen.say(f"size of the change ||D|| / ||W||: {percent(kept.delta_ratio)}{zone}")
+        screen.say(f"size of the change ||D|| / ||W||: {'all of it' if kept.delta_ratio is None else percent(kept.delta_ratio)}{zone}")
         screen.say(f"share of it that survives storing: {percent(kept.retention)} (noise added: {kept.noise:.2f} ||D||)")
         for line in _by_kind(result.tensors):
             screen.say(line)

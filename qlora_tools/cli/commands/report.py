@@ -115,7 +115,7 @@ def _tell_changes(screen: Screen, compared: Compared) -> None:
     rows = [[change.name, change.case.name if change.case else "", change.metric, *_figures(change), change.verdict] for change in compared.changes]
     screen.table(title, ["Setting", "Work", "Figure", "Before", "Now", "Ratio", "95 % interval", "Verdict"], rows, left=3)
     for change in compared.changes:
-        if change.reason and change.ratio is None:
+        if change.reason and (change.ratio is None or change.verdict == "unknown"):
             screen.say(f"{change.name}, {change.metric}: {change.verdict}: {change.reason}")
     for difference in compared.differences:
         screen.say(f"not the same: {difference.what}: {difference.old} before, {difference.new} now")
@@ -128,7 +128,7 @@ def _tell_changes(screen: Screen, compared: Compared) -> None:
 
 def _figures(change: Change) -> list[str]:
     """Before, now, ratio, interval."""
-    scale, form = {"s": (1e3, "{:.3f} ms"), "B": (1e-6, "{:,.1f} MB"), "nats": (1.0, "{:.3g}")}.get(change.unit, (1.0, "{:g}"))
+    scale, form = {"s": (1e3, "{:.3f} ms"), "B": (1e-6, "{:,.1f} MB"), "nats": (1.0, "{:.3g}"), "share": (1e2, "{:.3g} %")}.get(change.unit, (1.0, "{:g}"))
     found = ["n/a" if value is None else form.format(value * scale) for value in (change.old, change.new)]
     ratio = "n/a" if change.ratio is None else f"{change.ratio:.3f}"
     return [*found, ratio, "" if change.ci95 is None else f"{change.ci95[0]:.3f} to {change.ci95[1]:.3f}"]

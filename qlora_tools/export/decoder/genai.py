@@ -7,13 +7,16 @@ are the model's own generation settings where it has any, and neutral ones elsew
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qlora_tools.checkpoint.reader import read_json
+from qlora_tools.errors import CorruptError
 from qlora_tools.export.decoder.export import MODEL_FILE, DecoderExport
 from qlora_tools.export.decoder.matrices import Mixture
+from qlora_tools.export.formats.normal_floats import NormalFloats
 from qlora_tools.export.schemes import Scheme
 from qlora_tools.manifest import canonical_json
 
@@ -36,23 +39,39 @@ _NEUTRAL = {
 
 
 def write_genai_config(export: DecoderExport, config: Mapping[str, Any], folder: Path) -> None:
-    """Write the file beside the graph. Reads ``generation_config.json`` in ``folder`` where there is one."""
-    generation = folder / "generation_config.json"
-    settings = json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else {}
-    (folder / FILE_NAME).write_bytes(canonical_json(genai_config(export, config, settings)))
+    """Write the file beside the graph. Reads ``generation_config.json`` in ``folder`` where there is one. Raises as :func:`check_genai_config`."""
+    (folder / FILE_NAME).write_bytes(canonical_json(genai_config(export, config, _generation(folder))))
+
+
+def check_genai_config(export: DecoderExport, config: Mapping[str, Any], folder: Path) -> None:
+    """Look, before the graph is made, whether the file can be written with the ``generation_config.json`` of the model in ``folder``.
+
+    Raises:
+        CorruptError: that file is not a JSON object, or it or ``config`` holds a setting that is none; the message names the key.
+    """
+    genai_config(export, config, _generation(folder))
+
+
+def _generation(folder: Path) -> dict[str, Any]:
+    path = folder / "generation_config.json"
+    return read_json(path) if path.is_file() else {}
 
 
 def genai_config(export: DecoderExport, config: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[str, Any]:
-    """The file's content. ``generation`` are the settings of generation_config.json; token ids there win over config.json's."""
+    """The file's content. ``generation`` are the settings of generation_config.json; token ids there win over config.json's.
+
+    Raises:
+        CorruptError: a token id or a search setting is of another kind, or not finite.
+    """
     decoder = export.decoder
 
     def token(name: str, otherwise: Any) -> Any:
         found = generation.get(name, config.get(name))
-        return otherwise if found is None else found
+        return otherwise if found is None else _token(name, found)
 
     end = token("eos_token_id", 0)
     padding = token("pad_token_id", end[0] if isinstance(end, list) else end)
-    search = {name: generation[name] if generation.get(name) is not None else value for name, value in _NEUTRAL.items()}
+    search = {name: value if generation.get(name) is None else _setting(name, generation[name]) for name, value in _NEUTRAL.items()}
     return {
         "model": {
             "bos_token_id": token("bos_token_id", 0),
@@ -82,6 +101,21 @@ def genai_config(export: DecoderExport, config: Mapping[str, Any], generation: M
     }
 
 
+def _token(name: str, found: Any) -> Any:
+    if (isinstance(found, list) and found and all(type(item) is int for item in found)) or type(found) is int:
+        return found
+    raise CorruptError(
+        f"`{name}` is {str(found)[:60]}, expected a token id or a list of them", hint="repair generation_config.json, or config.json where that has none"
+    )
+
+
+def _setting(name: str, found: Any) -> Any:
+    word = name == "early_stopping" and isinstance(found, str)  # transformers knows "never"
+    if word or isinstance(found, int) or (isinstance(found, float) and math.isfinite(found)):
+        return found
+    raise CorruptError(f"generation_config.json: `{name}` is {str(found)[:60]}, expected a finite number or true or false", hint="repair it")
+
+
 def session_entries(scheme: Scheme) -> dict[str, str]:
     """Config entries that the graph wants of a session. On CUDA: weights outside the arena, which would round their room up, and the tensor-core
     kernels for 4 and 8 bits, which the runtime leaves off by itself. Names that onnxruntime-genai does not know it hands on as config entries.
@@ -95,11 +129,18 @@ def session_entries(scheme: Scheme) -> dict[str, str]:
 def provider_options(export: DecoderExport) -> list[dict[str, dict[str, str]]]:
     """One record per provider, the preferred first. The strict mode sums the squares of a norm in fp32; without it 16-bit graphs sum in 16 bits.
 
-    Graph capture is not asked for here: onnxruntime-genai fails where it is refused, and our own runtime tries it unasked. Where experts are drawn one by
-    one it is forbidden: which rows each gets (``NonZero``) is known only on the host, and differs from step to step.
+    Graph capture is not asked for here: onnxruntime-genai fails where it is refused, and our own runtime tries it unasked. It is forbidden where a replayed
+    step would compute something else (:func:`_replays`).
     """
     if export.target.provider != "cuda":
         return []
-    feeds = (layer.feed for layer in export.layout.layers)
-    one_by_one = any(isinstance(feed, Mixture) and not feed.together for feed in feeds)
-    return [{"cuda": {"enable_skip_layer_norm_strict_mode": "1", **({"enable_cuda_graph": "0"} if one_by_one else {})}}]
+    return [{"cuda": {"enable_skip_layer_norm_strict_mode": "1", **({} if _replays(export) else {"enable_cuda_graph": "0"})}}]
+
+
+def _replays(export: DecoderExport) -> bool:
+    """Whether a captured step may be replayed. Not where experts are drawn one by one: which rows each gets (``NonZero``) is known only on the host, and
+    differs from step to step. Nor with ``MatMulBnb4``: every run copies its table of 16 levels from the host's stack, which is another by the time of a replay
+    (``MatMulBnb4::ComputeInternal``, ``SetBnbQuantMap``).
+    """
+    one_by_one = any(isinstance(layer.feed, Mixture) and not layer.feed.together for layer in export.layout.layers)
+    return not one_by_one and not any(isinstance(matrix.format, NormalFloats) for matrix in export.layout.matrices())

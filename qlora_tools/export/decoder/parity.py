@@ -40,6 +40,7 @@ from qlora_tools.export.external import place, read_stored
 from qlora_tools.export.onnx_adapter import write_adapter_file
 from qlora_tools.export.placement import crossings, host_nodes, strays
 from qlora_tools.export.runtime import DecoderSession
+from qlora_tools.export.scratch import scratch_file
 from qlora_tools.export.twin import runs_here, twin
 from qlora_tools.models.decoder import Decoder, Piece, decoder_facts
 from qlora_tools.models.family import family_of
@@ -52,7 +53,6 @@ _LAYER_BYTES = 256 << 20
 _VOCAB = 4096
 #: Tokens that rounding sends to other experts are seen by all tokens after them: bounds are so many times wider for mixtures.
 _MIXTURE_SLACK = 3
-_GRAPH_FILE, _ADAPTER_FILE = "parity.onnx", "parity.onnx_adapter"
 
 
 @dataclass(frozen=True)
@@ -162,14 +162,13 @@ def _run_graph(
     offsets = place(export.plan.outputs)[0]
     specs = {spec.name: spec for spec in export.plan.outputs} | {spec.name: spec for matrix in layout.matrices() for spec in matrix.specs()}
     specs |= {spec.name: spec for spec in fixed_specs(branches, layout.matrices(), export.target)}
-    graph, file = folder / _GRAPH_FILE, folder / _ADAPTER_FILE
     model = build_graph(decoder, layout, specs, offsets, export.target, branches.inputs)
     host, here = host_nodes(model), runs_here(export.target)
     foretold = crossings(model) if export.target.provider == "cuda" else ()
     device = export.target.provider if here else "cpu"
-    ir.save(model if here else twin(model), graph)
-    try:
-        session = DecoderSession(folder, threads=max(1, torch.get_num_threads()), device=device, file_name=_GRAPH_FILE)
+    with scratch_file(folder, ".onnx") as graph, scratch_file(folder, ".onnx_adapter") as file:
+        ir.save(model if here else twin(model), graph)
+        session = DecoderSession(folder, threads=max(1, torch.get_num_threads()), device=device, file_name=graph.name)
         try:
             if adapter is not None:
                 factors = branches.kept[adapter]
@@ -180,9 +179,6 @@ def _run_graph(
             elsewhere = tuple(map(str, strays(session.nodes(), device, host))) if device == "cuda" else foretold
         finally:
             session.close()
-    finally:
-        graph.unlink()
-        file.unlink(missing_ok=True)
     return np.concatenate(pieces, axis=1), elsewhere
 
 

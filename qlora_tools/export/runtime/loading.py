@@ -24,8 +24,11 @@ from onnxruntime.capi import onnxruntime_pybind11_state as bindings
 from qlora_tools.errors import CorruptError, MissingError, OutOfMemory, UsageError
 from qlora_tools.export.placement import RECORD
 from qlora_tools.export.runtime.description import Description
+from qlora_tools.export.runtime.stored import initializer_bytes
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+#: An environment variable: 0 runs every step without capture, whatever the files say.
+SWITCH = "QLT_CUDA_GRAPH"
 _CAPTURE = "enable_cuda_graph"
 _INFORMATION, _ERRORS_ONLY = 1, 3
 _EXTEND, _LIMIT, _WEIGHTS_OUTSIDE = "arena_extend_strategy", "gpu_mem_limit", "session.use_device_allocator_for_initializers"
@@ -116,6 +119,8 @@ def load(path: Path, threads: int, device: str, description: Description, *, mem
         description = replace(description, session_options=allocation.session_options(description.session_options))
         allocation.prepare()
         _check_limit(path, memory_limit)
+    if device == "cuda" and os.environ.get(SWITCH) == "0":
+        options = {**options, _CAPTURE: "0"}
     wanted = device == "cuda" and description.shared_buffer and options.get(_CAPTURE, "1") == "1"
     if not wanted:
         return Loaded(_open(path, threads, device, options, description), memory=told)
@@ -147,19 +152,22 @@ def open_one_operator(*, device: str, memory: str = "lean") -> Any:
 
 
 def weights_bytes(path: Path) -> int:
-    """Of the graph at ``path``: its file of weights, or itself where it holds them."""
-    data = path.with_name(f"{path.name}.data")
-    return (data if data.is_file() else path).stat().st_size
+    """Of the graph at ``path``, beside it or in it, without the room between tensors.
+
+    Raises:
+        CorruptError: not a graph.
+    """
+    return initializer_bytes(path)
 
 
 def _check_limit(path: Path, limit_bytes: int | None) -> None:
     """An arena whose weights exceed its limit has none: ONNX Runtime 1.31 takes the difference without a sign.
 
     Raises:
-        OutOfMemory: the weights alone are more than the limit.
+        OutOfMemory: the weights alone are more than the limit. CorruptError: not a graph.
     """
-    if limit_bytes is not None and weights_bytes(path) > limit_bytes:
-        raise OutOfMemory(f"{path} holds {weights_bytes(path)} bytes of weights, more than the limit of {limit_bytes}", hint="raise memory_limit")
+    if limit_bytes is not None and (found := weights_bytes(path)) > limit_bytes:
+        raise OutOfMemory(f"{path} holds {found} bytes of weights, more than the limit of {limit_bytes}", hint="raise memory_limit")
 
 
 def check_device(device: str) -> None:
@@ -185,8 +193,7 @@ def is_runtime_error(error: Exception) -> bool:
 
 def _open(path: Path, threads: int, device: str, options: Mapping[str, str], description: Description) -> Any:
     provider = PROVIDERS[device]
-    if device == "cuda":
-        _find_libraries()
+    said = _find_libraries() if device == "cuda" else ""
     providers: list[Any] = [provider] if device == "cpu" else [(provider, dict(options)), PROVIDERS["cpu"]]
     session_options = _session_options(threads, device, description)
     try:
@@ -201,16 +208,18 @@ def _open(path: Path, threads: int, device: str, options: Mapping[str, str], des
     if session.get_providers()[0] != provider:
         raise UsageError(
             f"device `{device}`: {provider} does not start here, onnxruntime fell back to {session.get_providers()[0]}",
-            hint="run `qlt doctor`; for CUDA, a GPU and the libraries that onnxruntime names above are needed",
+            hint="run `qlt doctor`; for CUDA, a GPU and the libraries that onnxruntime names above are needed" + (f". It said: {said}" if said else ""),
         )
     return session
 
 
-def _find_libraries() -> None:
-    """CUDA and cuDNN out of installed packages, without importing torch. It speaks on standard output, which is not ours to use."""
-    if hasattr(ort, "preload_dlls"):
-        with contextlib.redirect_stdout(io.StringIO()):
-            ort.preload_dlls()
+def _find_libraries() -> str:
+    """CUDA and cuDNN out of installed packages, without importing torch; what could not be loaded. It speaks on standard output, which is not ours to use."""
+    if not hasattr(ort, "preload_dlls"):
+        return ""
+    with contextlib.redirect_stdout(io.StringIO()) as heard:
+        ort.preload_dlls()
+    return "; ".join(line.strip() for line in heard.getvalue().splitlines() if "ail" in line)[:500]
 
 
 def _session_options(threads: int, device: str, description: Description) -> Any:
@@ -227,5 +236,16 @@ def _session_options(threads: int, device: str, description: Description) -> Any
                 raise CorruptError(f"{name} is {value!r} in genai_config.json, expected one of {', '.join(_LEVELS)}", hint="export again")
             options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, value)
         else:
-            options.add_session_config_entry(name, str(int(value)) if isinstance(value, bool) else str(value))
+            _add_entry(options, name, str(int(value)) if isinstance(value, bool) else str(value))
     return options
+
+
+def _add_entry(options: Any, name: str, text: str) -> None:
+    """Raises:
+    CorruptError: ONNX Runtime takes no such text: it is too long, or half of a character.
+    """
+    try:
+        options.add_session_config_entry(name, text)
+    except (RuntimeError, TypeError, ValueError) as error:
+        said = str(error).partition("\n")[0]
+        raise CorruptError(f"onnxruntime refuses {name} = {text[:40]!r}, from genai_config.json: {said}", hint="export again") from error

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from qlora_tools.errors import UnsupportedError, UsageError
+from qlora_tools.live.foreign import REFUSALS
 from qlora_tools.models.work import inputs_of_class
 
 _BATCH, _LENGTH, _DECODED = "batch_size", "sequence_length", "decoder_sequence_length"
@@ -107,7 +108,7 @@ def _config(config: Mapping[str, Any]) -> Any:
     plain = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map", "_pre_quantization_dtype")}
     try:
         return CONFIG_MAPPING[model_type].from_dict(plain)
-    except (TypeError, ValueError) as error:
+    except REFUSALS as error:
         raise UnsupportedError(f"transformers cannot read this config.json: {str(error)[:300]}", hint="check it against the model it came from") from error
 
 

@@ -25,6 +25,7 @@ from qlora_tools.errors import CheckFailed, OutOfMemory
 from qlora_tools.export.bounds import BOUNDS
 from qlora_tools.export.decoder.branches import attach, kept_names
 from qlora_tools.export.external import read_elements
+from qlora_tools.export.scratch import scratch_file
 from qlora_tools.export.traced.export import MODEL_FILE, TracedExport, draw, fill
 from qlora_tools.export.traced.inputs import SIZES, results, subject_of
 from qlora_tools.export.traced.layout import Weight
@@ -36,7 +37,6 @@ from qlora_tools.progress import SILENT, Progress
 WHOLE_BYTES = 4 << 30
 _LAYERS = ("num_hidden_layers", "n_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
 _KEPT_LAYERS = 2
-_GRAPH_FILE = "parity.onnx"
 
 
 @dataclass(frozen=True)
@@ -120,23 +120,21 @@ def _run(
     """Results of the graph, by name, for each of ``inputs``, with the ``factors`` of an adapter."""
     import onnxruntime
 
-    graph = folder / _GRAPH_FILE
-    if export.target.compute == "F32":
-        ir.save(export.graph, graph)
-    else:
-        ir.save(twin(ir.load(folder / file)), graph)
-    try:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = max(1, torch.get_num_threads())
-        options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-        named = [value.name for value in session.get_inputs()]
-        fed = ({name: drawn[name].numpy() for name in named} | dict(factors) for drawn in inputs)
-        return [dict(zip(export.output_names, session.run(None, one), strict=True)) for one in fed]
-    except onnxruntime.capi.onnxruntime_pybind11_state.OrtException as error:
-        raise CheckFailed(f"parity: onnxruntime does not run the graph: {str(error)[:400]}", hint="please report it with the model's config.json") from error
-    finally:
-        graph.unlink()
+    model = export.graph if export.target.compute == "F32" else twin(ir.load(folder / file))
+    with scratch_file(folder, ".onnx") as graph:
+        ir.save(model, graph)
+        try:
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = max(1, torch.get_num_threads())
+            options.log_severity_level = 3
+            session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+            named = [value.name for value in session.get_inputs()]
+            fed = ({name: drawn[name].numpy() for name in named} | dict(factors) for drawn in inputs)
+            return [dict(zip(export.output_names, session.run(None, one), strict=True)) for one in fed]
+        except onnxruntime.capi.onnxruntime_pybind11_state.OrtException as error:
+            raise CheckFailed(
+                f"parity: onnxruntime does not run the graph: {str(error)[:400]}", hint="please report it with the model's config.json"
+            ) from error
 
 
 def _fed(export: TracedExport, adapter: str | None) -> dict[str, NDArray[Any]]:

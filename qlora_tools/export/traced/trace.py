@@ -22,8 +22,9 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import nn
 
 from qlora_tools import __version__
-from qlora_tools.errors import UnsupportedError
+from qlora_tools.errors import QltError, UnsupportedError
 from qlora_tools.export.traced.inputs import Subject, results
+from qlora_tools.live.foreign import REFUSALS
 
 #: Operators of torch whose presence asks for a later opset.
 _OPSETS = {"scaled_dot_product_attention": 23, "gelu": 20}
@@ -73,7 +74,9 @@ def build(subject: Subject, dtype: torch.dtype = torch.float32) -> Any:
     try:
         with init_empty_weights(include_buffers=False):
             return subject.build(dtype).eval().requires_grad_(False)
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except QltError:  # a subject that knows better why
+        raise
+    except REFUSALS as error:
         raise UnsupportedError(f"transformers builds no model from this config.json: {str(error)[:300]}", hint="check it, or give --task") from error
 
 

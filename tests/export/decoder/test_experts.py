@@ -91,7 +91,8 @@ def test_graphs_for_cuda_take_blocks_of_64_where_sizes_allow(inner, scheme, tmp_
     assert found.error_carried < 0.06
     assert bool(kinds(tmp_path)["ScatterND"]) == (inner == 96 and scheme != "fp16")
     (options,) = provider_options(planned)
-    assert (options["cuda"].get("enable_cuda_graph") == "0") == (inner == 96 and scheme != "fp16"), "rows picked on the host are not captured"
+    uncaptured = scheme == "nf4" or (inner == 96 and scheme != "fp16")  # rows picked on the host, and MatMulBnb4's own reasons
+    assert (options["cuda"].get("enable_cuda_graph") == "0") == uncaptured
     for node in onnx.load(tmp_path / "model.onnx", load_external_data=False).graph.node:
         if node.op_type == "QMoE":
             options = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}

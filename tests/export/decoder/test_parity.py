@@ -1,11 +1,12 @@
 """The parity check: passes on what is right, and finds what is wrong."""
 
+import tempfile
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from qlora_tools.errors import CheckFailed
+from qlora_tools.errors import CheckFailed, StorageError
 from qlora_tools.export.decoder import parity
 from qlora_tools.export.decoder.parity import check_parity, relative_error
 from qlora_tools.export.external import place
@@ -47,7 +48,7 @@ def test_damaged_bytes_fail_loudly(scheme, tmp_path):
         stream.write(block[::-1])
     with pytest.raises(CheckFailed, match=r"parity, prefill: the \w+ graph is [\d.e+naif]+ away from the weights it carries"):
         check_parity(planned, tiny.source, tiny.config, tmp_path)
-    assert not (tmp_path / "parity.onnx").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["genai_config.json", "model.onnx", "model.onnx.data"]
 
 
 def test_a_wrong_wiring_fails_loudly(tmp_path):
@@ -67,3 +68,28 @@ def test_relative_error_ignores_a_shift_of_all_logits():
     assert relative_error(logits + 5, logits) < 1e-12
     assert relative_error(2 * logits, logits) == pytest.approx(1)
     assert not relative_error(np.full_like(logits, np.nan), logits) <= 1
+
+
+def test_what_lies_in_the_folder_under_any_name_is_left_alone(tmp_path):
+    tiny, folder, elsewhere = build("llama"), tmp_path / "export", tmp_path / "elsewhere"
+    folder.mkdir()
+    planned = export(tiny, folder)
+    elsewhere.write_text("the user's")
+    (folder / "parity.onnx").symlink_to(elsewhere)
+    (folder / "parity.onnx_adapter").write_text("the user's, too")
+    before = sorted(path.name for path in folder.iterdir())
+    check_parity(planned, tiny.source, tiny.config, folder)
+    assert elsewhere.read_text() == "the user's" and (folder / "parity.onnx").is_symlink()
+    assert (folder / "parity.onnx_adapter").read_text() == "the user's, too"
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_a_folder_that_takes_no_file_is_named(tmp_path, monkeypatch):
+    def refuse(**_):
+        raise PermissionError(13, "Permission denied")
+
+    tiny = build("llama")
+    planned = export(tiny, tmp_path)
+    monkeypatch.setattr(tempfile, "mkstemp", refuse)
+    with pytest.raises(StorageError, match="takes no new file"):
+        check_parity(planned, tiny.source, tiny.config, tmp_path)

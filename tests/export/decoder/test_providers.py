@@ -198,6 +198,7 @@ def test_what_switches_the_fast_kernels_on_lies_beside_the_graph(tmp_path):
     assert options["provider_options"] == [{"cuda": {"enable_skip_layer_norm_strict_mode": "1"}}]
     assert all(isinstance(value, str) for row in options["provider_options"] for entry in row.values() for value in entry.values())
     assert "ep.cuda.fpa_intb_gemm" not in written("fp16", F16)[0]
+    assert written("nf4", F16)[0]["provider_options"][0]["cuda"]["enable_cuda_graph"] == "0", "MatMulBnb4 is not to be replayed"
     assert written("int4", Target()) == ({"log_id": "onnxruntime-genai", "provider_options": []}, True)
     assert written("int8", PLAIN)[1] is False
 

@@ -134,3 +134,16 @@ def factors(rank, seed=1, matrix="head"):
 def write_genai(folder, session_options=None, **changes):
     model = {"context_length": 40, "eos_token_id": 1, "decoder": {"head_size": 16, "session_options": session_options or {}}}
     (folder / "genai_config.json").write_text(json.dumps({"model": model, "search": {"past_present_share_buffer": False, **changes}}))
+
+
+def held_bytes(path):
+    """Of the initializers, as the package onnx reads the graph; nothing is stored twice in graphs that are made here."""
+    import onnx
+
+    held = onnx.load(path, load_external_data=False).graph.initializer
+    return sum(
+        next((int(entry.value) for entry in tensor.external_data if entry.key == "length"), 0)
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+        else onnx.numpy_helper.to_array(tensor).nbytes
+        for tensor in held
+    )

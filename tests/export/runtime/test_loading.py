@@ -1,6 +1,7 @@
 """Options from the files beside a graph, devices that are not there, and what happens where decoding cannot be captured."""
 
 import json
+import sys
 
 import numpy as np
 import onnx_ir as ir
@@ -59,6 +60,102 @@ def test_no_library_is_loaded_out_of_a_folder(folder):
         DecoderSession(folder, threads=1)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "session.collect_node_memory_stats_to_file",
+        "session.optimized_model_external_initializers_file_name",
+        "session.model_external_initializers_file_folder_path",
+        "session.node_partition_config_file",
+        "session.debug_layout_transformation",
+        "ep.context_file_path",
+        "ep_context_file_path",
+        "optimized_model_filepath",
+        "config_entries",
+    ],
+)
+def test_an_option_that_is_not_known_to_stay_in_the_session_is_refused_by_name(folder, tmp_path, name):
+    target = tmp_path / "written"
+    write_genai(folder, {name: str(target)})
+    with pytest.raises(UnsupportedError, match=rf"genai_config\.json sets the session option '{name}'") as raised:
+        DecoderSession(folder, threads=1)
+    assert "delete that line" in raised.value.hint and not target.exists()
+
+
+@pytest.mark.parametrize("name", ["enable_profiling", "ep_context_enable", "ep.context_enable"])
+def test_options_that_write_files_are_passed_over_where_they_are_off(folder, name):
+    for off in (False, "0", "OFF", "", None, 0):
+        write_genai(folder, {name: off})
+        assert describe(folder).session_options == {}
+    write_genai(folder, {name: "here"})
+    with pytest.raises(UnsupportedError, match=name):
+        describe(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["user_compute_stream", "has_user_compute_stream", "gpu_external_alloc", "gpu_external_free", "default_memory_arena_cfg", "new"]
+)
+def test_options_of_cuda_that_are_addresses_or_unknown_are_refused_by_name(folder, name):
+    write_genai(folder, {"provider_options": [{"cuda": {"enable_cuda_graph": "0", name: "140245"}}]})
+    with pytest.raises(UnsupportedError, match=rf"genai_config\.json sets the option '{name}' of the CUDA provider"):
+        describe(folder)
+
+
+def test_folders_of_the_genai_builder_open(folder):
+    """As its releases have written them for the CPU and CUDA; of providers that are not ours the name is kept."""
+    write_genai(folder, {"log_id": "onnxruntime-genai", "provider_options": []})
+    assert describe(folder).device == "cpu" and DecoderSession(folder, threads=1)
+    cuda = {"enable_cuda_graph": "0", "enable_skip_layer_norm_strict_mode": "1", "device_filtering_options": {"hardware_device_type": "GPU"}}
+    write_genai(folder, {"log_id": "onnxruntime-genai", "intra_op_num_threads": 8, "provider_options": [{"cuda": cuda}]})
+    assert describe(folder).providers == {"cuda": {"enable_cuda_graph": "0", "enable_skip_layer_norm_strict_mode": "1"}}
+    other = {"enableGraphCapture": "1", "validationMode": "disabled"}
+    write_genai(folder, {"optimization.disable_specified_optimizers": "MatMulAddFusion", "provider_options": [{"WebGPU": other}]})
+    assert describe(folder).device == "webgpu" and DecoderSession(folder, threads=1)
+    write_genai(folder, {"disable_cpu_ep_fallback": True, "provider_options": [{"rocm": {"tunable_op_enable": "1"}}]})
+    assert describe(folder).device == "rocm"
+
+
+def test_what_our_own_exporter_writes_is_taken():
+    from qlora_tools.export.decoder.genai import session_entries
+    from qlora_tools.export.runtime import description
+    from qlora_tools.export.schemes import scheme_of
+    from qlora_tools.export.target import Target
+
+    for scheme in ("fp16", "int8", "int4"):
+        assert session_entries(scheme_of(scheme, Target("cuda", "F16"))).keys() <= description._TAKEN
+
+
+@pytest.mark.parametrize("value", ["x" * 1025, "\ud800", "a\0b", ["a"], {"a": 1}, None])
+def test_a_value_that_is_no_option_is_corrupt(folder, value):
+    write_genai(folder, {"session.dynamic_block_base": value})
+    with pytest.raises(CorruptError, match=r"`session\.dynamic_block_base` is .*expected a word or a number"):
+        describe(folder)
+    write_genai(folder, {"provider_options": [{"cuda": {"gpu_mem_limit": value}}]})
+    with pytest.raises(CorruptError, match="`gpu_mem_limit` is"):
+        describe(folder)
+
+
+@pytest.mark.parametrize("value", ["1" * (1 << 20), "\ud800"])
+def test_a_value_that_onnxruntime_does_not_take_is_corrupt(folder, value):
+    described = Description(session_options={"ep.cuda.fpa_intb_gemm": value})
+    with pytest.raises(CorruptError, match=r"onnxruntime refuses ep\.cuda\.fpa_intb_gemm"):
+        loading.load(folder / "model.onnx", 1, "cpu", described)
+
+
+@pytest.mark.parametrize("length", ["Infinity", "NaN", "0", "-4", "1e30", str(2**40)])
+def test_a_context_that_no_model_has_is_corrupt(folder, length):
+    for text in (f'"context_length": {length}, "decoder": {{"head_size": 4}}', f'"context_length": 4, "decoder": {{"head_size": {length}}}'):
+        (folder / "genai_config.json").write_text(f'{{"model": {{{text}}}}}')
+        with pytest.raises(CorruptError, match=r"genai_config\.json holds no context_length"):
+            describe(folder)
+
+
+def test_json_deeper_than_python_reads_is_corrupt(folder):
+    (folder / "genai_config.json").write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
+    with pytest.raises(CorruptError, match=r"genai_config\.json is not JSON"):
+        describe(folder)
+
+
 def test_an_unknown_level_of_optimization_is_named(folder):
     write_genai(folder, {"graph_optimization_level": "FAST"})
     with pytest.raises(CorruptError, match="'FAST'"):
@@ -113,6 +210,16 @@ def test_capture_is_not_asked_for_where_the_file_or_a_growing_past_forbids_it(fo
     assert not loading.load(folder / "model.onnx", 1, "cuda", off).captures
     assert not loading.load(folder / "model.onnx", 1, "cuda", Description(shared_buffer=False)).captures
     assert opened.asked == ["0", None]
+    monkeypatch.setenv("QLT_CUDA_GRAPH", "0")
+    assert not loading.load(folder / "model.onnx", 1, "cuda", Description(shared_buffer=True)).captures and opened.asked[-1] == "0"
+
+
+def test_libraries_that_are_not_found_are_named_in_the_error(monkeypatch):
+    def preload():
+        sys.stdout.write("Loaded libcublas\nFailed to load libcudnn.so.9: cannot open shared object file\n")
+
+    monkeypatch.setattr(loading.ort, "preload_dlls", preload, raising=False)
+    assert loading._find_libraries() == "Failed to load libcudnn.so.9: cannot open shared object file"
 
 
 def test_memory_that_runs_out_is_named_as_such(folder):
@@ -199,7 +306,7 @@ def test_lean_takes_what_is_asked_for_and_logs_it(folder, monkeypatch):
 
 
 def test_a_limit_reaches_the_provider_in_every_mode(folder, monkeypatch):
-    limit = (folder / "model.onnx").stat().st_size
+    limit = loading.weights_bytes(folder / "model.onnx")
     for mode in ("runtime", "deployed", "lean"):
         options, *_, told = cuda(folder, monkeypatch, SAYS, memory=mode, memory_limit=limit)
         assert options["gpu_mem_limit"] == str(limit) and told == f"{mode}, at most {limit} bytes"

@@ -8,7 +8,7 @@ import pytest
 
 from qlora_tools.errors import CorruptError, MissingError, UnsupportedError, UsageError
 from qlora_tools.export.runtime import DecoderSession, Sampling, cache, open_engine
-from tests.export.runtime.small_graphs import VOCAB, pastless, summed, summing, table, write_genai
+from tests.export.runtime.small_graphs import VOCAB, held_bytes, pastless, summed, summing, table, write_genai
 from tests.export.tiny_decoders import build, export, tokens
 
 
@@ -194,7 +194,7 @@ def test_info_holds_plain_facts(exported):
     _, folder = exported
     info = open_engine(str(folder), threads=1).info()
     assert info["vocab_size"] == 96 and info["max_length"] == 64 and info["provider"] == "CPUExecutionProvider"
-    assert info["weights_bytes"] == (folder / "model.onnx.data").stat().st_size
+    assert info["weights_bytes"] == held_bytes(folder / "model.onnx") < (folder / "model.onnx.data").stat().st_size
 
 
 def test_refusals_name_what_is_wrong(exported, tmp_path):
@@ -234,11 +234,13 @@ def for_cuda(folder, scheme, compute):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("scheme", "compute"), [("fp16", "F16"), ("bf16", "BF16"), ("int8", "F16"), ("int4", "BF16")])
-def test_steps_on_cuda_are_captured_and_continue_the_prompt(tmp_path, scheme, compute):
+@pytest.mark.parametrize(
+    ("scheme", "compute", "capture"), [("fp16", "F16", "on"), ("bf16", "BF16", "on"), ("int8", "F16", "on"), ("int4", "BF16", "on"), ("nf4", "F16", "off")]
+)
+def test_steps_on_cuda_are_captured_where_they_may_be_and_continue_the_prompt(tmp_path, scheme, compute, capture):
     tiny = for_cuda(tmp_path, scheme, compute)
     session = DecoderSession(tmp_path, threads=1, device="auto")
-    assert session.info()["graph_capture"] == "on", session.info()
+    assert session.info()["graph_capture"].startswith(capture), session.info()
     ids = tokens(tiny, 2, 12)
     found = np.stack([session.prefill(ids[:, :4])] + [session.decode(ids[:, position]) for position in range(4, 12)], 1)
     whole = session.score(ids)[:, 3:]

@@ -7,6 +7,7 @@ from dataclasses import replace
 import onnx
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from peft import LoraConfig, get_peft_model
 
 from qlora_tools.engine import plan
@@ -168,6 +169,34 @@ def test_parity_finds_a_wrong_byte(tmp_path):
     (tmp_path / "model.onnx.data").write_bytes(data)
     with pytest.raises(CheckFailed, match="last_hidden_state"):
         check_traced(export, model.source, tmp_path)
+
+
+def test_parity_leaves_alone_what_lies_in_the_folder(tmp_path):
+    model, folder, elsewhere = tiny("t5"), tmp_path / "export", tmp_path / "elsewhere"
+    folder.mkdir()
+    export = model.export("fp32", folder)
+    elsewhere.write_text("the user's")
+    (folder / "parity.onnx").symlink_to(elsewhere)
+    before = sorted(path.name for path in folder.iterdir())
+    check_traced(export, model.source, folder)
+    assert elsewhere.read_text() == "the user's" and (folder / "parity.onnx").is_symlink()
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("negative dimension"), ZeroDivisionError("by zero"), StopIteration(), StrictDataclassFieldValidationError("eps", TypeError("x"))]
+)
+def test_whatever_a_class_raises_about_its_config_is_one_refusal(error):
+    def explode(dtype):
+        raise error
+
+    subject = replace(tiny("t5").subject, build=explode)
+    with pytest.raises(UnsupportedError, match=r"builds no model from this config\.json") as raised:
+        build(subject)
+    assert raised.value.hint
+    error = MissingError("the subject knows better")
+    with pytest.raises(MissingError, match="knows better"):
+        build(subject)
 
 
 def test_a_model_too_large_is_checked_on_its_first_layers(monkeypatch, tmp_path):
