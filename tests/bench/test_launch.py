@@ -89,10 +89,12 @@ def test_a_worker_does_not_outlive_a_parent_that_was_killed(tmp_path):
     job = {"job": "latency", "engine": "fake_engine:hang", "options": {"pid_file": str(pids)}, "threads": 1, "workload": WORK}
     script = f"from qlora_tools.bench.launch import run_worker; run_worker({job!r}, timeout_s=60.0, environment={ENVIRONMENT!r})"
     parent = subprocess.Popen([sys.executable, "-c", script])
-    assert until(lambda: pids.exists() and pids.read_text())
+    try:
+        assert until(lambda: pids.exists() and len(pids.read_text().split()) == 2)
+    finally:
+        parent.kill()
+        parent.wait()
     worker, grandchild = map(int, pids.read_text().split())
-    parent.kill()
-    parent.wait()
     assert until(lambda: not is_running(worker))
     os.kill(grandchild, signal.SIGKILL)  # what a worker started itself is beyond this
 

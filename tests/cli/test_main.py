@@ -107,7 +107,8 @@ def test_interruption_has_its_own_code(capsys):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)])
 def test_a_signal_during_work_leaves_nothing_behind(tmp_path, number, code):
     script = (
-        "import os, pathlib, sys, time, click\n"
+        "import os, pathlib, signal, sys, time, click\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # who runs the tests may ignore it, as under nohup
         "from qlora_tools.cli import main as cli\n"
         "from qlora_tools.checkpoint.folder import output_folder\n"
         "@click.command('slow')\n"
@@ -118,8 +119,8 @@ def test_a_signal_during_work_leaves_nothing_behind(tmp_path, number, code):
         "sys.argv = ['qlt', 'slow']\n"
         "cli.main()\n"
     )
-    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert child.stdout.readline() == "ready\n"
-    os.kill(child.pid, number)
-    _, err = child.communicate(timeout=20)
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stdout.readline() == "ready\n"
+        os.kill(child.pid, number)
+        _, err = child.communicate(timeout=40)
     assert child.returncode == code and "nothing was left behind" in err and list(tmp_path.iterdir()) == []
