@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from qlora_tools.bench.record import BenchRecord, Row, Setting
+from qlora_tools.bench.record import UNTUNED, BenchRecord, Row, Setting
 from qlora_tools.errors import UsageError
 from qlora_tools.names import nearest
 
@@ -75,8 +75,6 @@ METRICS: Mapping[str, Metric] = {
         Metric("tok/s", "rate", lambda record, row: row.decode_tokens_per_s, "decode_tokens_per_s", higher_is_better=True),
     )
 }
-#: What the base without its adapters is called (see ``verbs/bench_settings.py``).
-UNTUNED = "untuned"
 #: The metrics that come from judging, not from running.
 QUALITY = frozenset({"kl", "ppl", "top1", "accuracy", "cosine", "error", "retention"})
 #: What decides between settings that meet all wishes: the first figure, then the next where that ties or is not known.

@@ -23,6 +23,8 @@ from qlora_tools.manifest import canonical_json, strict_json
 
 SCHEMA = "qlt.bench/2"
 FILE_NAME = "bench.json"
+#: The label of the base without its adapters, measured beside for comparison.
+UNTUNED = "untuned"
 Status = Literal["ok", "oom", "timeout", "unsupported", "error"]
 
 

@@ -40,9 +40,10 @@ def cached_model(name: str) -> Path | None:
     if not _HUB_ID.fullmatch(name) or ".." in revision:
         return None
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(_MODEL_FILES), local_files_only=True))
+        found = Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(_MODEL_FILES), local_files_only=True))
     except (HFValidationError, OSError):  # what is not there is a FileNotFoundError
         return None
+    return found if any(found.glob("*.safetensors")) else None  # its config alone may be there, for an estimate
 
 
 def _download(repository: str, revision: str | None, files: Sequence[str]) -> Path:

@@ -139,6 +139,16 @@ def plain_file(folder: Path, name: str, pattern: re.Pattern[str] = _SHARD) -> Pa
     return own_file(folder / name)
 
 
+def refuse_pickles(folder: Path) -> None:
+    """Raises UnsupportedError for a folder whose weights are pickles; the caller has found no safetensors there."""
+    pickles = sorted(path.name for pattern in _PICKLE for path in folder.glob(pattern))
+    if pickles:
+        raise UnsupportedError(
+            f"{folder} holds {shortened(pickles, 2)}: pickle files can run code and are not read",
+            hint="convert it with transformers: AutoModel.from_pretrained(folder, weights_only=True).save_pretrained(new_folder)",
+        )
+
+
 def _shards(folder: Path) -> list[Path]:
     if (folder / INDEX).exists():
         return _indexed_shards(folder)
@@ -149,12 +159,7 @@ def _shards(folder: Path) -> list[Path]:
         return [plain_file(folder, found[0])]
     if found == ["adapter_model.safetensors"]:
         raise UnsupportedError(f"{folder} is an adapter, not a model", hint="give its base with --base and this folder with --adapter")
-    pickles = sorted(path.name for pattern in _PICKLE for path in folder.glob(pattern))
-    if pickles:
-        raise UnsupportedError(
-            f"{folder} holds {shortened(pickles, 2)}: pickle files can run code and are not read",
-            hint="convert it with transformers: AutoModel.from_pretrained(folder, weights_only=True).save_pretrained(new_folder)",
-        )
+    refuse_pickles(folder)
     raise MissingError(f"{folder} holds no {SINGLE} and no {INDEX}", hint="give the folder of a complete checkpoint, or a hub id such as org/name")
 
 

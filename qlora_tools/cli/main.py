@@ -87,7 +87,7 @@ def group() -> None:
 def main() -> NoReturn:
     """Entry point of the ``qlt`` command."""
     signal.signal(signal.SIGTERM, _terminate)
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # a closed terminal; under nohup it is ignored, and stays so
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # a closed terminal; under nohup it is ignored, and stays so
         signal.signal(signal.SIGHUP, _terminate)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional package on every import
     gc.set_threshold(200_000)  # importing torch makes objects that live on; collecting them every 700 costs 0.3 s a start
@@ -132,7 +132,7 @@ def report(error: BaseException, *, as_json: bool = False) -> int:
 
 def explain(error: BaseException) -> tuple[str, str | None, int]:
     """Message, hint and exit code of an exception."""
-    if isinstance(error, _Terminated) or isinstance(error.__cause__, _Terminated):  # click makes its own Abort of it
+    if isinstance(error, _Terminated) or (isinstance(error, click.Abort) and isinstance(error.__cause__, _Terminated)):  # click makes an Abort of it
         return "terminated; nothing was left behind", None, 143
     if isinstance(error, (KeyboardInterrupt, click.Abort)):
         return "interrupted; nothing was left behind", None, 130

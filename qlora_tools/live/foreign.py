@@ -13,9 +13,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from qlora_tools.checkpoint.reader import plain_file, read_json
+from qlora_tools.checkpoint.reader import plain_file, read_json, refuse_pickles
 from qlora_tools.errors import CorruptError, MissingError, UnsupportedError
-from qlora_tools.names import shortened
 
 #: What comes up when a config.json is refused. Its fields are checked by strict dataclasses of the hub's, and what those let through fails in the
 #: arithmetic of a layer or in torch; all of it is the same news about a file that somebody else wrote.
@@ -32,7 +31,9 @@ REFUSALS: tuple[type[Exception], ...] = (
     StopIteration,
     StrictDataclassError,
 )
-_SAFE, _PICKLES = "*.safetensors", ("*.bin", "*.pt", "*.pth", "*.ckpt")
+#: Where weights are read as well: what the disk, memory, a device or a missing package says is about them, not about the folder.
+_OF_THE_MACHINE = ("allocate memory", "out of memory", "cuda error")
+_SAFE = "*.safetensors"
 _ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAMED = "transformers_weights"
 
@@ -46,11 +47,14 @@ def load_foreign(owner: Any, folder: Path, config: Mapping[str, Any], words: Map
     check_weight_files(folder, config)
     try:
         return owner.from_pretrained(folder, **words)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, ImportError):
         raise
     except SafetensorError as error:
         raise CorruptError(f"{folder}: its weights cannot be read as safetensors: {str(error)[:300]}", hint="download or copy them again") from error
     except REFUSALS as error:
+        disk = isinstance(error, OSError) and error.errno is not None  # with a bare one transformers says that a folder lacks something
+        if disk or any(words in str(error).lower() for words in _OF_THE_MACHINE):
+            raise
         hint = "check config.json; code that comes with a checkpoint is never run" if "auto_map" in config else "check config.json"
         raise UnsupportedError(f"{folder}: {library} cannot load it: {str(error)[:300]}", hint=hint) from error
 
@@ -63,13 +67,8 @@ def check_weight_files(folder: Path, config: Mapping[str, Any]) -> None:
         loaded along. CorruptError: a name that leaves the folder or is not a safetensors file's, or an index that is not JSON.
     """
     if not any(folder.glob(_SAFE)):
-        pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
-        if not pickles:
-            raise MissingError(f"{folder} holds no weights in safetensors", hint="give the folder of a complete checkpoint")
-        raise UnsupportedError(
-            f"{folder} holds {shortened(pickles, 2)}: pickle files can run code and are not read",
-            hint="convert it with transformers: AutoModel.from_pretrained(folder, weights_only=True).save_pretrained(new_folder)",
-        )
+        refuse_pickles(folder)
+        raise MissingError(f"{folder} holds no weights in safetensors", hint="give the folder of a complete checkpoint")
     names = {str(config[_NAMED])} if config.get(_NAMED) is not None else set[str]()
     for index in sorted(folder.glob(f"{_SAFE}.index.json")):
         listed = read_json(index).get("weight_map")

@@ -1,6 +1,6 @@
 """The numbers in a config.json, looked at before anything is built with them.
 
-transformers builds what it is told: of a hundred million layers it builds one after the other, and a size below one fails deep inside torch. Only what no
+transformers builds what it is told: of a hundred million layers it builds one after the other, and a size below zero fails deep inside torch. Only what no
 model has is refused here; whether sizes fit each other is for the class to say, which knows. Sections (``text_config``) are looked at like the whole.
 """
 
@@ -22,13 +22,12 @@ _SIZES = (
 #: Some models have another one in each layer or stage.
 _LISTED = ("intermediate_size", "ffn_dim", "num_attention_heads", "num_heads", "num_key_value_heads")
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-#: A model may have none of these.
 _PARTS = ("encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers", "num_experts", "num_local_experts", "n_routed_experts")
-#: Key -> the least and the most it may be. transformers makes a name for each label.
+#: Key -> the least and the most it may be. Some models have none of this or that, and say 0; where that does not go, the class fails at once.
+#: transformers makes a name for each label.
 _BOUNDS: Mapping[str, tuple[int, int]] = {
-    **dict.fromkeys((*_SIZES, *_LISTED), (1, MOST)),
-    **dict.fromkeys(_LAYERS, (1, MOST_LAYERS)),
-    **dict.fromkeys(_PARTS, (0, MOST_LAYERS)),
+    **dict.fromkeys((*_SIZES, *_LISTED), (0, MOST)),
+    **dict.fromkeys((*_LAYERS, *_PARTS), (0, MOST_LAYERS)),
     "num_labels": (0, _MOST_LABELS),
 }
 #: Computed with while a model is built. Elsewhere infinity may be meant: Mamba's ``time_step_limit`` has it.

@@ -295,8 +295,8 @@ def interruptions() -> Iterator[Callable[[], bool]]:
         elif time.monotonic() - first[0] >= SAME_WISH_SECONDS:
             raise KeyboardInterrupt
 
-    heard = (number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN)  # as under nohup
-    before = {number: signal.signal(number, note) for number in heard}
+    known = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.signal(number, note) for number in known if signal.getsignal(number) is not signal.SIG_IGN}  # which nohup makes of the last
     try:
         yield flag.is_set
     finally:

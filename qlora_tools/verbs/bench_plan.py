@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qlora_tools.bench.record import Case, Setting, Workload
+from qlora_tools.bench.record import UNTUNED, Case, Setting, Workload
 from qlora_tools.bench.rows import weight_file_bytes
 from qlora_tools.checkpoint.hub import resolve_model
 from qlora_tools.errors import UsageError
@@ -281,8 +281,9 @@ def _labelled(planned: Sequence[Planned], *, alone: bool) -> list[Planned]:
     """What tables show: a setting's own name where there is one model, else ids without what they share."""
     if alone:
         return list(planned)
-    named = [found for found in planned if found.setting.label != "untuned"]
+    named = [found for found in planned if found.setting.label != UNTUNED]
     labels = dict(zip((found.setting.id for found in named), short_labels([found.setting.id for found in named]), strict=True))
+    labels = {name: name if label == UNTUNED else label for name, label in labels.items()}  # that word is taken
     return [replace(found, setting=replace(found.setting, label=labels.get(found.setting.id, found.setting.label))) for found in planned]
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from qlora_tools.bench.record import Setting
+from qlora_tools.bench.record import UNTUNED, Setting
 from qlora_tools.bench.rows import weight_file_bytes
 from qlora_tools.checkpoint.reader import read_json
 from qlora_tools.errors import QltError, UsageError
@@ -150,12 +150,13 @@ class Subject:
         return self._torch("torch-fp32")
 
     def untuned(self) -> Planned | None:
-        """The base without its adapters, in transformers; ``None`` where there are no adapters."""
-        if not self.adapters:
+        """The base without its adapters, in transformers; ``None`` where there are no adapters, or one brings the head: without it there is nothing to judge."""
+        merged = self.drawn.merged
+        if not self.adapters or (merged is not None and merged.head is not None):
             return None
         dtype = "fp32" if self.device == "cpu" and not self.drawn.checkpoint.quantized else "stored"
         options = {"path": str(self.checkpoint), "dtype": dtype, "device": self.device}
-        setting = Setting(f"{self.name}-untuned", TORCH_FORWARD if self._looks else TORCH_ENGINE, options, label="untuned", path=str(self.checkpoint))
+        setting = Setting(f"{self.name}-untuned", TORCH_FORWARD if self._looks else TORCH_ENGINE, options, label=UNTUNED, path=str(self.checkpoint))
         return Planned(setting, "as it is", None, self._torch_bytes(None, dtype), subject=self)
 
     def make(self, planned: Planned) -> Planned:
@@ -265,7 +266,7 @@ class Subject:
         given, recorded = self.drawn.inputs(place), manifest.inputs
         if recorded.keys() != given.keys() or any(recorded[role].get("name") != entry["name"] for role, entry in given.items()):
             return None
-        same = same_inputs(recorded, given)
+        same = same_inputs(recorded, given) is True
         if same and manifest.versions.get("qlora-tools") == library_versions().get("qlora-tools"):
             return False
         return True if same or all(from_one_place(recorded[role], entry) for role, entry in given.items()) else None

@@ -66,12 +66,11 @@ def found_again(entry: Mapping[str, Any], folder: Path) -> str | Path | None:
     return path if path.exists() else None
 
 
-def same_inputs(recorded: Mapping[str, Mapping[str, Any]], given: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether two folders were made of the same values, in the same roles. Entries without a fingerprint in common are not the same."""
-    if recorded.keys() != given.keys():
+def same_inputs(recorded: Mapping[str, Mapping[str, Any]], given: Mapping[str, Mapping[str, Any]]) -> bool | None:
+    """Whether two folders were made of the same values, in the same roles; ``None`` where entries have no fingerprint in common to tell by."""
+    if recorded.keys() != given.keys() or any(changed(role, recorded[role], entry) is not None for role, entry in given.items()):
         return False
-    told = all(entry.keys() & recorded[role].keys() & {"content_sha256", "sha256"} for role, entry in given.items())
-    return told and all(changed(role, recorded[role], entry) is None for role, entry in given.items())
+    return True if all(entry.keys() & recorded[role].keys() & {"content_sha256", "sha256"} for role, entry in given.items()) else None
 
 
 def from_one_place(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> bool:

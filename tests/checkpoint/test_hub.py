@@ -75,5 +75,7 @@ def test_a_snapshot_in_the_cache_is_found_without_asking_the_hub(monkeypatch, tm
     (tmp_path / f"models--org--name/snapshots/{commit}").mkdir(parents=True)
     (tmp_path / "models--org--name/refs").mkdir()
     (tmp_path / "models--org--name/refs/main").write_text(commit)
+    assert hub.cached_model("org/name") is None, "an estimate fetches config.json alone"
+    (tmp_path / f"models--org--name/snapshots/{commit}/model.safetensors").touch()
     assert hub.cached_model(f"org/name@{commit}") == hub.cached_model("org/name") == tmp_path / f"models--org--name/snapshots/{commit}"
     assert [hub.cached_model(name) for name in ("org/other", "org/name@other", "org/name@../../x", "../x", "a/b/c", "", "/etc")] == [None] * 7

@@ -14,7 +14,7 @@ import pytest
 
 from qlora_tools import errors
 from qlora_tools.cli import main as cli
-from qlora_tools.errors import QltError
+from qlora_tools.errors import Interrupted, QltError
 
 
 def classes(base=QltError):
@@ -102,6 +102,12 @@ def test_a_bug_is_called_one_and_asks_for_the_traceback(capsys):
 
 def test_interruption_has_its_own_code(capsys):
     assert cli.report(KeyboardInterrupt()) == 130 and cli.report(click.Abort()) == 130
+
+
+def test_what_was_saved_on_the_way_out_is_told_after_a_signal_too():
+    stopped = Interrupted("stopped after 3 blocks", hint="qlt refine --resume")
+    stopped.__cause__ = cli._Terminated()
+    assert cli.explain(stopped) == ("stopped after 3 blocks", "qlt refine --resume", 130)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)])

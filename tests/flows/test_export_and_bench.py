@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from qlora_tools.checkpoint.logical import open_checkpoint
 from qlora_tools.manifest import read_manifest
+from qlora_tools.verbs.bench_reference import judges
 from tests.flows.conftest import EXPORT, files
 
 RUN = {"bench.json", "report.html", "report.md", "qlt-manifest.json"}
@@ -72,10 +73,27 @@ def test_exports_of_the_model_as_it_was_are_neither_measured_nor_judge(qlt, here
     assert qlt("export", "m", "--int8", "--no-verify").code == 0
     planned = qlt("bench", "--dry-run", "--prompt", 16, "--new", 4)
     assert planned.code == 0 and "exports/m-fp32: made of another state of the model than exports/m-int8" in planned.err
-    assert "would be made, as the reference" in planned.err and "exports/m-fp32" not in planned.out
+    assert "would be made, as the reference" in planned.err and "exports/m-fp32" not in planned.out and "not judged" not in planned.err
     shutil.rmtree(here / "exports/m-int8")
     gone = qlt("bench", "--dry-run", "--prompt", 16, "--new", 4)
     assert gone.code == 9 and "is not there any more" in gone.err
+
+
+def test_no_reference_is_made_that_could_not_judge(qlt, here, llama):
+    shutil.copytree(llama, here / "m")
+    assert qlt("export", "m", "--int8", "--no-verify").code == 0
+    weights = load_file(here / "m/model.safetensors")
+    save_file({name: tensor * 1.5 for name, tensor in weights.items()}, here / "m/model.safetensors", {"format": "pt"})
+    benched = qlt("bench", "--rounds", 1, "--prompt", 8, "--new", 2, "--threads", 1)
+    assert benched.code == 0 and "m is not what exports/m-int8 was made of any more" in benched.err and "quality is not judged" in benched.err
+    assert [path.name for path in (here / "exports").iterdir()] == ["m-int8"]
+
+
+def test_exports_with_kept_adapters_are_judged_as_the_base_that_they_are_without(qlt, here, llama, tuned):
+    assert qlt("extract", "--base", llama, "--tuned", tuned, "--rank", 4, "-o", "ad").code == 0
+    assert qlt("export", llama, "--fp32", "--no-verify", "-o", "exports/a-fp32").code == 0
+    assert qlt("export", llama, "--int8", "--adapters", "ad", "--no-verify", "-o", "exports/a-int8").code == 0
+    assert judges(here / "exports/a-fp32", here / "exports/a-int8")
 
 
 def test_a_merged_export_computes_what_the_tuned_model_computes(qlt, here, llama, tuned):

@@ -369,7 +369,7 @@ def with_config(folder: Path, target: Path, **changes: Any) -> Path:
     "changes",
     [
         {"hidden_size": -4096},
-        {"num_attention_heads": 0},
+        {"num_attention_heads": -4},
         {"num_hidden_layers": -1},
         {"num_hidden_layers": 100_000_000},
         {"vocab_size": "many"},

@@ -52,6 +52,13 @@ def test_whatever_a_library_raises_about_a_folder_is_one_refusal(folder: Path, e
     assert "never run" in str(raised.value.hint)
 
 
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), RuntimeError("CUDA error: device-side assert"), ImportError("bitsandbytes")])
+def test_what_the_machine_lacks_is_not_put_down_to_the_folder(folder: Path, error: Exception) -> None:
+    with pytest.raises(type(error)) as raised:
+        load_foreign(Owner(error), folder, {}, {})
+    assert raised.value is error
+
+
 def test_memory_that_runs_out_is_not_the_folders_fault(folder: Path) -> None:
     with pytest.raises(torch.OutOfMemoryError):
         load_foreign(Owner(torch.OutOfMemoryError("full")), folder, {}, {})

@@ -17,7 +17,7 @@ PATH = Path("model/config.json")
     [
         ({"hidden_size": -4096}, "hidden_size"),
         ({"hidden_size": 4096.0}, "hidden_size"),
-        ({"num_attention_heads": 0}, "num_attention_heads"),
+        ({"num_attention_heads": -8}, "num_attention_heads"),
         ({"num_attention_heads": True}, "num_attention_heads"),
         ({"n_embd": "768"}, "n_embd"),
         ({"num_hidden_layers": -1}, "num_hidden_layers"),
@@ -27,7 +27,7 @@ PATH = Path("model/config.json")
         ({"decoder_layers": 100_000_000}, "decoder_layers"),
         ({"vocab_size": MOST + 1}, "vocab_size"),
         ({"num_labels": 10**9}, "num_labels"),
-        ({"intermediate_size": [64, 0]}, "intermediate_size"),
+        ({"intermediate_size": [64, -1]}, "intermediate_size"),
         ({"text_config": {"num_hidden_layers": 10**8}}, "text_config.num_hidden_layers"),
         ({"rope_theta": float("inf")}, "rope_theta"),
         ({"rope_parameters": {"factor": float("nan")}}, "rope_parameters.factor"),

@@ -192,6 +192,8 @@ def _with_reference(common: Shared, models: list[str], reference: str | None, *,
     if reference is None:
         reference = _of_scheme(common, models, "fp32") or _fp32_beside(common, models[0], exports) or _of_scheme(common, models, "bf16", "fp16")
     if reference is None:
+        if common.dry_run:
+            return models, None
         common.screen.remark("note: no fp32 reference among these, quality is not judged; name one with --reference")
         return models, None
     return [reference, *(model for model in models if Path(model) != Path(reference))], reference
@@ -206,9 +208,9 @@ def _of_last_model(common: Shared, exports: list[dict[str, Any]]) -> list[str]:
     known = [item["path"] for item in exports if all(item.get(field) == last.get(field) for field in fields) and Path(item["path"]).is_dir()]
     if last["path"] not in known:
         raise MissingError(f"the last export, {last['path']}, is not there any more", hint="name what to measure: qlt bench MODEL")
-    models = [path for path in known if path == last["path"] or of_one_model(Path(path), Path(last["path"]))]
+    models = [path for path in known if path == last["path"] or of_one_model(Path(path), Path(last["path"])) is not False]
     if older := [path for path in known if path not in models]:
-        common.screen.remark(f"note: {', '.join(older)}: made of another state of the model than {last['path']}, left out")
+        common.screen.remark(f"note: {', '.join(older)}: made of another state of the model than {last['path']}, or in another way; left out")
     common.screen.remark(f"using {', '.join(models)}")
     return models
 
@@ -220,7 +222,8 @@ def _of_scheme(common: Shared, models: list[str], *schemes: str) -> str | None:
 def _fp32_beside(common: Shared, model: str, exports: list[dict[str, Any]]) -> str | None:
     """The fp32 export of what ``model`` was made of: one that lies there, or made now."""
     from qlora_tools import api
-    from qlora_tools.verbs.bench_reference import SCHEME, judges, places_beside
+    from qlora_tools.verbs.bench_reference import SCHEME, is_made_of, judges, places_beside
+    from qlora_tools.verbs.exporting import open_drawn
 
     own = next((item for item in exports if Path(item["path"]) == Path(model)), None)
     if own is None:
@@ -229,6 +232,13 @@ def _fp32_beside(common: Shared, model: str, exports: list[dict[str, Any]]) -> s
     for path in (*(Path(item["path"]) for item in exports if item["scheme"] == SCHEME), *beside):
         if judges(path, Path(model)):
             return str(path)
+    merged = [(path, weight) for path, weight in own["adapters"]]
+    drawn = open_drawn(own["model"], own["base"], merged, (), (), own.get("target"), True, common.screen.progress)
+    if not is_made_of(Path(model), drawn):
+        common.screen.remark(
+            f"note: {own['model'] or own['base']} is not what {model} was made of any more, or another way was taken; no fp32 export is made of it"
+        )
+        return None
     if common.dry_run:
         common.screen.remark("the fp32 export of the same model would be made, as the reference")
         return None
@@ -237,14 +247,11 @@ def _fp32_beside(common: Shared, model: str, exports: list[dict[str, Any]]) -> s
     api.export(
         model=own["model"],
         base=own["base"],
-        adapters=[(path, weight) for path, weight in own["adapters"]],
+        adapters=merged,
         target=own.get("target"),
         scheme=SCHEME,
         output=dest,
         progress=common.screen.progress,
     )
     common.session.add_export({**own, "path": str(dest), "scheme": SCHEME}, last=False)
-    if not judges(dest, Path(model)):
-        common.screen.remark(f"note: {own['model'] or own['base']} is not what {model} was made of any more; export it again to judge its quality")
-        return None
     return str(dest)
