@@ -15,13 +15,13 @@ demo: .venv/installed
 	$(BIN)/qlt demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(MAKE) test
 
 format: .venv/installed
 	$(BIN)/ruff format .

@@ -192,13 +192,21 @@ def open_engine(folder: Path, device: str = "auto", adapter: Path | None = None,
 
     ``task``: what a checkpoint that looks once is loaded for, where that is not what its config says.
     """
-    threads = allowed_cores()
     path, options = engine_of(folder, device)
     if adapter is not None:
         options["adapter"] = str(adapter)
     if task is not None and path == TORCH_FORWARD:
         options["task"] = task
-    return locate(path)(threads=threads, **options)
+    return locate(path)(threads=_threads(path), **options)
+
+
+def _threads(engine: str) -> int:
+    """For an engine in this very process: torch keeps those it has, because they are one number for everybody in it."""
+    if engine not in (TORCH_ENGINE, TORCH_FORWARD):
+        return allowed_cores()
+    import torch
+
+    return torch.get_num_threads()
 
 
 def engine_of(folder: Path, device: str = "auto") -> tuple[str, dict[str, Any]]:

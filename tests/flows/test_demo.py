@@ -16,6 +16,7 @@ def text(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_the_chain_runs_on_a_given_pair_and_again(qlt, here, llama, tuned, text, monkeypatch):
     from qlora_tools.bench.record import Case, Workload
     from qlora_tools.demo import flow

@@ -47,6 +47,7 @@ def test_an_outline_counts_tied_tensors_once(tmp_path):
     assert outline(tied).specs == open_checkpoint(tied).specs
 
 
+@pytest.mark.slow
 def test_sizes_are_those_of_the_files_that_the_verbs_write(model, found, on_cpu, tmp_path):
     sizes = {row.setting: row.file_bytes for row in found.in_memory}
     for setting in ("int8", "nf4"):

@@ -270,6 +270,7 @@ def test_there_must_be_a_run_to_resume(start, tmp_path):
         start(tmp_path / "out", resume=True)
 
 
+@pytest.mark.slow
 def test_two_processes_are_interrupted_and_resumed_together(start, llama, data, tmp_path):
     def both(name, stop_at=None, resume=False, expected=0):
         words = (llama, data, tmp_path / name, stop_at, signal.SIGTERM, resume)
@@ -303,6 +304,7 @@ def wait_for_line(path, kind, step):
     raise AssertionError(f"no {kind} {step} in {path}")
 
 
+@pytest.mark.slow
 def test_the_terminated_command_goes_on_by_resume_alone(qlt, here, llama, data):
     words = ["--base", llama, "--data", data, "--rank", 4, "--dropout", 0.2, "--batch", 4, "--steps", 40, "--val-share", 0.2, "--eval-every", 20]
     process = background(here, *words, "-o", "stopped")

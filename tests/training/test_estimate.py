@@ -254,6 +254,7 @@ print(found.total_bytes, peak_bytes("cpu"), dict(found.parts)["process"])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident sets are read from /proc")
 def test_the_estimate_is_within_ten_percent_of_a_fresh_process(tmp_path):
     folder = build_llama(tmp_path / "model", hidden_size=256, intermediate_size=688, num_hidden_layers=4, vocab_size=4000, max_position_embeddings=256)

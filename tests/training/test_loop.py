@@ -118,6 +118,7 @@ def test_processes_share_the_rows_of_a_step(llama):
     assert len(taken[0]) == len(taken[1]) == 4
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one_with_twice_the_accumulation(llama, tmp_path):
     """Also: the second process writes nothing, both see one evaluation, and a signal to one of them stops both."""
     environments = torchrun_environments(2)

@@ -35,6 +35,7 @@ def tiny(name):
     return Tiny(config, model, source, subject, draw(subject, source, config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "scheme"), [("unet", "fp32"), ("unet", "int8"), ("unet", "int4"), ("plain", "int8")])
 def test_graph_agrees_with_diffusers_at_both_sizes(name, scheme, tmp_path):
     model = tiny(name)
