@@ -144,7 +144,7 @@ def refine(
     report = None
     estimate_bytes = task.estimate_bytes()
     if not dry_run:
-        progress.note(f"about {estimate_bytes / 1e9:.2f} GB of memory")
+        progress.note(f"refining takes about {estimate_bytes / 1e9:.2f} GB of memory")
         words = {"adapter": str(adapter), "base": str(base), "teacher": str(teacher)}
         if task.config.by_block:
             report = _refine_by_block(task, resume, estimate_bytes, words, progress)
