@@ -93,7 +93,7 @@ class Merged:
         if self.head is not None and named:
             raise UsageError(
                 f"{', '.join(named)} would run {self.checkpoint.folder}, which has not the head that {self.head.adapter} brings",
-                hint="merge it dense first, then go on with the merged checkpoint: qlt merge, then qlt quantize or qlt export",
+                hint="merge it dense first, then go on with the merged checkpoint: qlt merge, then qlt quantize, qlt export or qlt eval",
             )
 
     def inputs(self, dest: Path) -> dict[str, dict[str, str]]:

@@ -254,7 +254,8 @@ def test_what_would_run_the_base_without_the_head_is_refused(qlt, here, made, wo
     assert refused.code == 2 and "--calib would run" in refused.err and "merge it dense first" in refused.err and not (here / "no").exists()
 
 
-def test_judging_an_adapter_on_a_base_without_its_head_is_refused_as_before(qlt, here, made):
-    base, adapter = made("headless bert")
-    refused = qlt("eval", base, "--adapter", adapter, "--labels", made.labelled)
-    assert refused.code == 3 and "match nothing in the base" in refused.err
+@pytest.mark.parametrize("kind", ["headless bert", "vit for five classes"])
+def test_judging_an_adapter_on_a_base_without_its_head_is_refused_with_the_way_out(qlt, here, made, kind):
+    base, adapter = made(kind)
+    refused = qlt("eval", base, "--adapter", adapter, "--labels", made.images if kind in IMAGES else made.labelled)
+    assert refused.code == 2 and "--adapter would run" in refused.err and "qlt merge" in refused.err
