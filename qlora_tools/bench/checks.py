@@ -9,12 +9,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from qlora_tools.bench.record import Attempt, BenchRecord
 from qlora_tools.manifest import misfit
-
-if TYPE_CHECKING:
-    from qlora_tools.bench.record import Attempt, BenchRecord
 
 #: Between these no ratio of two times overflows; 0 is what a clock says of nothing.
 _LEAST_S, _MOST_S = 1e-12, 1e12

@@ -17,7 +17,8 @@ from qlora_tools.bench.accelerator import Accelerators, Instruments
 from qlora_tools.bench.attempts import QualityTask
 from qlora_tools.bench.compare import MARGIN, Compared, check_comparable
 from qlora_tools.bench.pick import Picked, parse_wishes
-from qlora_tools.bench.record import BenchRecord, Layer, Workload, read_record
+from qlora_tools.bench.record import BenchRecord, Layer, Workload
+from qlora_tools.bench.record_file import read_record
 from qlora_tools.bench.run import run_bench
 from qlora_tools.checkpoint.folder import check_output, output_folder
 from qlora_tools.cores import allowed_cores
@@ -29,8 +30,9 @@ from qlora_tools.quality.ranking import comparisons, with_retention
 from qlora_tools.verbs.bench_layers import layers_of, layers_of_models
 from qlora_tools.verbs.bench_names import RUNS, interrupted_run, journal_of, next_run
 from qlora_tools.verbs.bench_plan import BenchPlan, Exported, LineUp, check_room, line_up, sweep
-from qlora_tools.verbs.evaluate import ONNX_FORWARD, TORCH_FORWARD, read_text
+from qlora_tools.verbs.engines import ONNX_FORWARD, TORCH_FORWARD
 from qlora_tools.verbs.exporting import Given
+from qlora_tools.verbs.reading import read_text
 from qlora_tools.verbs.report import compared, picked, write_report
 
 #: Seconds that judging one setting may take at least: two models read a whole text.

@@ -20,7 +20,7 @@ from qlora_tools.names import slug
 from qlora_tools.progress import SILENT, Progress
 from qlora_tools.verbs.bench_names import short_labels, subject_names
 from qlora_tools.verbs.bench_settings import DEFAULT, Planned, Subject, check_names
-from qlora_tools.verbs.evaluate import ONNX_FORWARD, TORCH_FORWARD, engine_of, positions_of
+from qlora_tools.verbs.engines import ONNX_FORWARD, TORCH_FORWARD, engine_of, positions_of
 from qlora_tools.verbs.exporting import Given
 from qlora_tools.verbs.opening import folder_name, is_export, resolve_device
 from qlora_tools.verbs.origins import found_again

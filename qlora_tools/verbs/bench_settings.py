@@ -27,7 +27,7 @@ from qlora_tools.models.work import FORWARD, work_of
 from qlora_tools.names import nearest, slug
 from qlora_tools.progress import SILENT, Progress
 from qlora_tools.stages.quantize import plan_quantize
-from qlora_tools.verbs.evaluate import ONNX_ENGINE, ONNX_FORWARD, TORCH_ENGINE, TORCH_FORWARD
+from qlora_tools.verbs.engines import ONNX_ENGINE, ONNX_FORWARD, TORCH_ENGINE, TORCH_FORWARD
 from qlora_tools.verbs.export import export
 from qlora_tools.verbs.exporting import Drawn, Given, open_drawn
 from qlora_tools.verbs.merge import merge

@@ -23,7 +23,9 @@ from qlora_tools.models.work import is_of_diffusers
 from qlora_tools.progress import SILENT, Progress
 from qlora_tools.quality.outputs import DRAWN, measure, probe_options
 from qlora_tools.quality.ranking import comparisons
-from qlora_tools.verbs.evaluate import TOKENIZER_FILES, Candidate, open_engine, read_text, task_of
+from qlora_tools.verbs.candidates import Candidate
+from qlora_tools.verbs.engines import open_engine, task_of
+from qlora_tools.verbs.reading import TOKENIZER_FILES, read_text
 
 _MASKED_SHARE = 0.15
 _LONGEST = 512

@@ -23,8 +23,8 @@ from qlora_tools.progress import Progress
 from qlora_tools.quality.intervals import retention_interval
 from qlora_tools.quality.perplexity import Perplexity, perplexity
 from qlora_tools.quant.floats import judging_dtype
-from qlora_tools.verbs.evaluate import read_text
 from qlora_tools.verbs.merging import Merged, open_merged
+from qlora_tools.verbs.reading import read_text
 
 TOKENS, CONTEXT = 16_384, 256
 

@@ -15,7 +15,8 @@ from qlora_tools.bench.compare import MARGIN, Compared, compare_records
 from qlora_tools.bench.page import bench_page
 from qlora_tools.bench.pick import Picked, pick
 from qlora_tools.bench.plots import write_plots
-from qlora_tools.bench.record import FILE_NAME, BenchRecord, read_record
+from qlora_tools.bench.record import FILE_NAME, BenchRecord
+from qlora_tools.bench.record_file import read_record
 from qlora_tools.bench.table import to_markdown
 from qlora_tools.checkpoint.folder import check_output, output_folder, replace_file, seal
 from qlora_tools.errors import CorruptError, IncompatibleError, MissingError, OutputExistsError, QltError

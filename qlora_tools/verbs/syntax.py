@@ -13,7 +13,9 @@ from qlora_tools.live.tokenizer import open_tokenizer
 from qlora_tools.progress import SILENT, Progress
 from qlora_tools.quality.prompts import Prompt, PromptSet, library_prompts, read_prompts
 from qlora_tools.quality.syntax import SyntaxComparison, SyntaxShare, check_prompts, compare_syntax, syntax_share
-from qlora_tools.verbs.evaluate import TOKENIZER_FILES, Candidate, candidates_of, open_engine, positions_of
+from qlora_tools.verbs.candidates import Candidate, candidates_of
+from qlora_tools.verbs.engines import open_engine, positions_of
+from qlora_tools.verbs.reading import TOKENIZER_FILES
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import pytest
 from bench_records import make_record
 from page_records import make_forward, make_swept
 
-from qlora_tools.bench.record import parse_record
+from qlora_tools.bench.record_file import parse_record
 from qlora_tools.errors import CorruptError
 
 

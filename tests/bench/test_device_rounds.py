@@ -7,7 +7,8 @@ import pytest
 
 from qlora_tools.bench import attempts, worker
 from qlora_tools.bench.accelerator import Accelerator, Accelerators, Instruments
-from qlora_tools.bench.record import Case, Setting, Workload, parse_record
+from qlora_tools.bench.record import Case, Setting, Workload
+from qlora_tools.bench.record_file import parse_record
 from qlora_tools.bench.run import run_bench
 from qlora_tools.errors import MissingError
 

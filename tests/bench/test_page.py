@@ -8,7 +8,7 @@ from bench_records import make_record
 from page_records import CASES, make_forward, make_swept
 
 from qlora_tools.bench.page import bench_page, embedded
-from qlora_tools.bench.record import parse_record
+from qlora_tools.bench.record_file import parse_record
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 

@@ -3,7 +3,8 @@ import json
 import pytest
 from bench_records import make_record
 
-from qlora_tools.bench.record import Quality, at_most, parse_record, read_record, same
+from qlora_tools.bench.record import Quality, at_most, same
+from qlora_tools.bench.record_file import parse_record, read_record
 from qlora_tools.errors import CorruptError, MissingError
 
 

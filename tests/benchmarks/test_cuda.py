@@ -10,7 +10,8 @@ from pathlib import Path
 import cuda_matrix as cuda
 import pytest
 
-from qlora_tools.bench.record import Attempt, Case, DeviceMemory, Row, parse_record
+from qlora_tools.bench.record import Attempt, Case, DeviceMemory, Row
+from qlora_tools.bench.record_file import parse_record
 
 BENCHMARKS = Path(cuda.__file__).parent
 SMALL = ["--device", "cpu", "--shapes", "tiny", "--prompt", "6", "--new", "3", "--rounds", "1", "--threads", "1"]

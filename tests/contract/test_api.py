@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from qlora_tools import api
-from qlora_tools.verbs import evaluate
+from qlora_tools.verbs import engines
 
 
 def test_every_name_is_listed_once_and_resolves():
@@ -52,4 +52,4 @@ def test_an_unknown_name_is_an_attribute_error():
 def test_engines_are_named_by_paths_that_exist():
     from qlora_tools.bench.engine import locate
 
-    assert locate(evaluate.TORCH_ENGINE) and locate(evaluate.ONNX_ENGINE)
+    assert locate(engines.TORCH_ENGINE) and locate(engines.ONNX_ENGINE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -34,17 +35,27 @@ def modules():
     return sorted(PACKAGE.rglob("*.py"))
 
 
-def imports(path):
-    """Names of this package's rooms that ``path`` imports, inside functions too; ``TYPE_CHECKING`` blocks count."""
+def imported_names(path):
+    """Dotted names of this package that ``path`` imports, inside functions too; ``TYPE_CHECKING`` blocks count."""
     for node in ast.walk(ast.parse(path.read_text())):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names += [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "qlora_tools" else []
-        for name in names:
-            parts = name.split(".")
-            if parts[0] == "qlora_tools" and len(parts) > 1 and (parts[1] in FLOORS):
-                yield parts[1]
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+        yield from (name for name in names if name.startswith("qlora_tools."))
+
+
+def imports(path):
+    """Names of this package's rooms that ``path`` imports."""
+    return (parts[1] for parts in (name.split(".") for name in imported_names(path)) if parts[1] in FLOORS)
+
+
+def imported_files(path):
+    """Files of this package that ``path`` imports; a name taken from a package's ``__init__`` stands for that."""
+    for name in imported_names(path):
+        found = PACKAGE.joinpath(*name.split(".")[1:])
+        candidates = (found.with_suffix(".py"), found / "__init__.py", found.parent.with_suffix(".py"), found.parent / "__init__.py")
+        yield next(one for one in candidates if one.is_file())
 
 
 def room(path):
@@ -73,6 +84,12 @@ def test_imports_go_down_only(path):
     assert name in FLOORS, f"{name} has no floor"
     wrong = sorted({target for target in imports(path) if violations(name, target)})
     assert not wrong, f"{path.relative_to(PACKAGE)} on floor {FLOORS[name]} imports {wrong}"
+
+
+def test_no_files_import_each_other_in_a_circle():
+    graph = {path: {found for found in imported_files(path) if found.name != "__init__.py"} - {path} for path in modules()}
+    assert sum(map(len, graph.values())) > len(graph)
+    TopologicalSorter(graph).prepare()  # raises CycleError with the files
 
 
 def test_files_stay_under_four_hundred_lines():

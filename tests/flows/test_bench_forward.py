@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from qlora_tools.bench.attempts import QualityTask
-from qlora_tools.bench.record import Case, Setting, Workload, parse_record, read_record
+from qlora_tools.bench.record import Case, Setting, Workload
+from qlora_tools.bench.record_file import parse_record, read_record
 from qlora_tools.bench.run import run_bench
 from qlora_tools.quality.outputs import PROBE
 from qlora_tools.quality.ranking import comparisons
-from qlora_tools.verbs.evaluate import engine_of
+from qlora_tools.verbs.engines import engine_of
 from qlora_tools.verbs.evaluate_outputs import inputs_for
 from tests.flows.looking_material import linear_graph
 

@@ -10,14 +10,14 @@ import torch
 import transformers
 from PIL import Image
 
-from qlora_tools.verbs import evaluate
+from qlora_tools.verbs import engines
 from qlora_tools.verbs.export import export
 from tests.flows.looking_material import BODY, MEAN, WORDS, bert, saved
 
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
-    monkeypatch.setattr(evaluate, "allowed_cores", lambda: 1)
+    monkeypatch.setattr(engines, "allowed_cores", lambda: 1)
 
 
 @pytest.fixture(scope="module")

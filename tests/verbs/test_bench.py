@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qlora_tools import api
-from qlora_tools.bench.record import read_record
+from qlora_tools.bench.record_file import read_record
 from qlora_tools.errors import CorruptError, IncompatibleError, Interrupted, MissingError, OutputExistsError, UsageError
 from qlora_tools.verbs import bench as verb
 from qlora_tools.verbs.bench_layers import layers_of, layers_of_models

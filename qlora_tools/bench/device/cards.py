@@ -85,3 +85,8 @@ def _beginning(text: str, cards: Sequence[Card]) -> list[str]:
 def _what_there_is(cards: Sequence[Card]) -> str:
     usable = ", ".join(f"{card.name} {uuid}" for card in cards for uuid in card.usable) or "none"
     return f"usable here: {usable}" if cards else "run `nvidia-smi -L` to see what the driver has"
+
+
+def confinement(uuid: str) -> dict[str, str]:
+    """The environment of a process that shall see this device alone, as its ``cuda:0``."""
+    return {"CUDA_VISIBLE_DEVICES": uuid, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}

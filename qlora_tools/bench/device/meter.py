@@ -54,8 +54,3 @@ def open_meter(device: str) -> Meter | None:
         f"device `{device}`: there is neither the package nvidia-ml-py nor the program nvidia-smi, so its memory cannot be read",
         hint="run `pip install nvidia-ml-py`, and check that NVIDIA's driver is installed",
     )
-
-
-def confinement(uuid: str) -> dict[str, str]:
-    """The environment of a process that shall see this device alone, as its ``cuda:0``."""
-    return {"CUDA_VISIBLE_DEVICES": uuid, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}

@@ -11,8 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from qlora_tools.bench.device.cards import Card, choose
-from qlora_tools.bench.device.meter import confinement
+from qlora_tools.bench.device.cards import Card, choose, confinement
 from qlora_tools.errors import MissingError
 
 #: The inode that Linux gives the first namespace of processes, fixed in its headers.

@@ -13,8 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_tools.bench.device.cards import Card, choose
-from qlora_tools.bench.device.meter import confinement
+from qlora_tools.bench.device.cards import Card, choose, confinement
 from qlora_tools.bench.device.nvml import is_our_namespace
 from qlora_tools.errors import MissingError
 
