@@ -137,7 +137,7 @@ def bench(
             progress=progress,
         )
     known = layers if layers is not None else _layers(found)
-    record = _judged(replace(record, notes=(*record.notes, *notes), layers=tuple(known)), found.untuned)
+    record = _judged(replace(record, notes=(*found.notes, *record.notes, *notes), layers=tuple(known)), found.untuned)
     stored = _store(record, dest, force, inputs, elsewhere=output is None)
     journal.unlink(missing_ok=True)
     return BenchResult(

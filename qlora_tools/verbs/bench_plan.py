@@ -93,6 +93,18 @@ class LineUp:
                 made.setdefault(found.folder, Exported(str(found.subject.model), scheme, found.folder))
         return tuple(made.values())
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Which exports, once they are made, carry their weights otherwise than their scheme is called; what they share with another is no accident then."""
+        made = {found.setting.id: Path(found.setting.path) for found in self.planned if found.setting.path and found.setting.unavailable is None}
+        commands = {name: manifest.command for name, folder in made.items() if (manifest := read_manifest(folder)) is not None}
+        stored = {name: (command.get("scheme"), command.get("carried")) for name, command in commands.items() if command.get("carried")}
+        return tuple(
+            f"{name} carries its weights as {carried}: what it was made for has no fast form of {scheme}."
+            for name, (scheme, carried) in stored.items()
+            if carried != scheme
+        )
+
     def described(self, workload: Workload, rounds: int) -> BenchPlan:
         """The plan for readers."""
         measured = {found.setting.id for found in self.planned}

@@ -47,6 +47,13 @@ def quick(monkeypatch):
     monkeypatch.setattr(bench_settings, "export", lambda **words: real(**{"verify": False, **words}))
 
 
+def test_an_export_that_carries_its_weights_otherwise_is_named(here, monkeypatch):
+    quick(monkeypatch)
+    found = plan("nf4", "int8", "torch-fp32", judged=False)
+    assert found.notes == ()  # nothing is made yet
+    assert found.made().notes == ("base-nf4 carries its weights as int8: what it was made for has no fast form of nf4.",)
+
+
 def test_names_become_engines_folders_and_commands(here):
     found = plan("int8", "torch-bf16", "torch-nf4")
     int8, bf16, nf4 = (item.setting for item in found.planned)
