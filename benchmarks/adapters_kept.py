@@ -21,8 +21,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from graphs import Graph, graph_bytes, latency, noise_of, open_ours, quality, tokens_of
-from measured import measure, median, public_arguments, ratio, write_result
+from graphs import Graph, Times, graph_bytes, latency, medians_of, noise_of, open_ours, quality, times_faster, tokens_of
+from measured import measure, public_arguments, write_result
 from peers import python_of, versions_of
 from synthetic import SHAPES, write_adapter, write_base, write_tokenizer
 
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--adapter", type=Path)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--peers-python", type=Path, help="python of an environment that holds onnxruntime-genai and peft")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path)
     options = parser.parse_args()
@@ -59,9 +59,10 @@ def main() -> None:
         times = latency(openers, ids, options.rounds, sum(sizes.values()))
         judged = quality(openers, lambda: open_ours(work / "merged-fp32", options.threads), ids)
     rows = {name: row_of(name, times, judged, sizes[name]) for name in openers}
-    pairs = {f"{name} / {BUILDER}": ratio(times["decode_ms"][BUILDER], times["decode_ms"][name]) for name in openers if name != BUILDER}
+    pairs = {f"{name} / {BUILDER}": times_faster(times["decode_ms"][BUILDER], times["decode_ms"][name]) for name in openers if name != BUILDER}
     pairs |= {
-        f"{scheme} kept, on / {scheme} merged": ratio(times["decode_ms"][f"{scheme} merged"], times["decode_ms"][f"{scheme} kept, on"]) for scheme in SCHEMES
+        f"{scheme} kept, on / {scheme} merged": times_faster(times["decode_ms"][f"{scheme} merged"], times["decode_ms"][f"{scheme} kept, on"])
+        for scheme in SCHEMES
     }
     for name, row in rows.items():
         print(
@@ -108,9 +109,9 @@ def switched_on(folder: Path, threads: int) -> Graph:
     return session
 
 
-def row_of(name: str, times: dict[str, dict[str, list[float]]], judged: dict[str, dict[str, Any]], size: int) -> dict[str, Any]:
+def row_of(name: str, times: Times, judged: dict[str, dict[str, Any]], size: int) -> dict[str, Any]:
     return {
-        **{phase: median(values[name]) for phase, values in times.items()},
+        **medians_of(times, name),
         "against_itself": noise_of(times, name),
         "graph_bytes": size,
         "kl_mean": judged[name]["kl_mean"],

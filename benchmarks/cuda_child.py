@@ -58,8 +58,7 @@ def of_torch(base: Path, folder: Path, scheme: str, device: str) -> Path:
         return base
     from qlora_tools import api
 
-    place = "cpu" if scheme == "int8" else device  # the same bytes, and int8 is made by the CPU's cores in any case: on a GPU one at a time
-    return api.quantize(model=base, scheme=scheme, device=place, output=folder / f"bitsandbytes-{scheme}").output
+    return api.quantize(model=base, scheme=scheme, device=device, output=folder / f"bitsandbytes-{scheme}").output
 
 
 def graph(source: Path, dest: Path, scheme: str, device: str, *, verify: bool) -> Path:

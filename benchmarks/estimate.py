@@ -118,7 +118,7 @@ def main() -> None:
     print(f"largest error {100 * largest:.1f} % (wanted {100 * BAR:.0f} %)")
     content = {"rows": [{**asdict(row), "error": row.error} for row in rows], "largest_error": largest, "bars_met": {"estimate": largest <= BAR}}
     name = "estimate" if options.device == "cpu" else "estimate_cuda"
-    write_result(name, f"python benchmarks/estimate.py {public_arguments()}".strip(), content)
+    write_result(name, f"python benchmarks/estimate.py {public_arguments()}", content)
 
 
 def measured_rows(work: Path, shape: str, tied: bool, cases: tuple[Case, ...], fitted: bool, device: str) -> Iterator[tuple[Row, Case, Foretold]]:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from graphs import graph_bytes, latency, noise_of, open_ours, quality, tokens_of
+from graphs import all_rounds, graph_bytes, latency, noise_of, open_ours, quality, times_faster, tokens_of
 from measured import export_summary, measure, median, public_arguments, ratio, write_result
 from peers import python_of, versions_of
 from synthetic import SHAPES, write_base, write_tokenizer
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--shapes", default="350m,1b", help="random models, the first of which is exported --pairs times")
     parser.add_argument("--tied", action="store_true")
     parser.add_argument("--pairs", type=int, default=3, help="export runs of each tool and precision")
-    parser.add_argument("--rounds", type=int, default=20, help="prefill runs of each graph")
+    parser.add_argument("--rounds", type=int, default=24, help="prefill runs of each graph")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path)
     options = parser.parse_args()
@@ -98,9 +98,10 @@ def graph_pair(work: Path, precision: str, ids, options: argparse.Namespace) -> 
     times = latency(openers, ids, options.rounds, sum(sizes.values()))
     judged = quality(openers, lambda: open_ours(work / "ours-fp32", options.threads), ids)
     return {
-        **{phase: {tool: median(values) for tool, values in tools.items()} for phase, tools in times.items()},
-        **{f"{phase.removesuffix('_ms')}_times_faster": ratio(tools["theirs"], tools["ours"]) for phase, tools in times.items()},
+        **{phase: {tool: median(all_rounds(values)) for tool, values in tools.items()} for phase, tools in times.items()},
+        **{f"{phase.removesuffix('_ms')}_times_faster": times_faster(tools["theirs"], tools["ours"]) for phase, tools in times.items()},
         "against_itself": noise_of(times, "ours"),
+        "loads": times,
         "graph_bytes": sizes,
         "kl_mean": {tool: found["kl_mean"] for tool, found in judged.items()},
         "kl_share": ratio(judged["ours"]["kl_windows"], judged["theirs"]["kl_windows"]),

@@ -34,8 +34,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from graphs import Graph, graph_bytes, latency, noise_of, open_ours, quality, tokens_of
-from measured import export_summary, measure, median, public_arguments, ratio, write_result
+from graphs import Graph, graph_bytes, latency, medians_of, noise_of, open_ours, quality, times_faster, tokens_of
+from measured import export_summary, measure, public_arguments, ratio, write_result
 from peers import python_of, versions_of
 from synthetic import SHAPES, write_adapter, write_base, write_tokenizer
 
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, action="append", default=[], help="a real checkpoint, one more size")
     parser.add_argument("--shapes", default="110m", help="random models, comma-separated; empty for none")
     parser.add_argument("--pairs", type=int, default=3, help="export runs of each tool on the first size")
-    parser.add_argument("--rounds", type=int, default=20, help="prefill runs of each graph")
+    parser.add_argument("--rounds", type=int, default=24, help="prefill runs of each graph")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path)
     options = parser.parse_args()
@@ -126,7 +126,7 @@ def graphs_of(work: Path, names: list[str], model: Path, options: argparse.Names
     judged = quality(plain, lambda: open_ours(work / "fp32", threads), ids) | quality(kept, lambda: open_ours(work / "merged fp32", threads), ids)
     rows: dict[str, dict[str, Any]] = {
         name: {
-            **{phase: median(values[name]) for phase, values in times.items()},
+            **medians_of(times, name),
             "against_itself": noise_of(times, name),
             "graph_bytes": sizes[name],
             **judged[name],
@@ -139,7 +139,7 @@ def graphs_of(work: Path, names: list[str], model: Path, options: argparse.Names
 
 def cell(times: dict[str, Any], judged: dict[str, Any], mine: str, other: str) -> dict[str, Any]:
     """One of our graphs against one of theirs: ratios of neighbours."""
-    faster = {f"{phase.removesuffix('_ms')}_times_faster": ratio(tools[other], tools[mine]) for phase, tools in times.items()}
+    faster = {f"{phase.removesuffix('_ms')}_times_faster": times_faster(tools[other], tools[mine]) for phase, tools in times.items()}
     share = ratio(judged[mine]["kl_windows"], judged[other]["kl_windows"])
     return {**faster, "kl": judged[mine]["kl_mean"], "their_kl": judged[other]["kl_mean"], "kl_share": share}
 

@@ -24,8 +24,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from graphs import PlainGraph, graph_bytes, latency, noise_of, open_ours, quality, tokens_of
-from measured import export_summary, measure, median, public_arguments, ratio, write_result
+from graphs import PlainGraph, graph_bytes, latency, medians_of, noise_of, open_ours, quality, times_faster, tokens_of
+from measured import export_summary, measure, public_arguments, write_result
 from peers import python_of, versions_of
 from synthetic import SHAPES, write_base, write_tokenizer
 
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, action="append", default=[], help="a real checkpoint, one more size")
     parser.add_argument("--shapes", default="350m,1b", help="random models, the first of which is exported --pairs times")
     parser.add_argument("--pairs", type=int, default=3, help="export runs of each tool")
-    parser.add_argument("--rounds", type=int, default=20, help="prefill runs of each graph")
+    parser.add_argument("--rounds", type=int, default=24, help="prefill runs of each graph")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path)
     options = parser.parse_args()
@@ -87,7 +87,7 @@ def one_size(work: Path, model: Path, peers: str, options: argparse.Namespace, *
     judged = quality(openers, openers["ours fp32"], ids)
     found["graphs"] = {
         name: {
-            **{phase: median(values[name]) for phase, values in times.items()},
+            **medians_of(times, name),
             "against_itself": noise_of(times, name),
             "graph_bytes": sizes[name],
             "kl_mean": judged[name]["kl_mean"],
@@ -110,7 +110,7 @@ def graphs_of(work: Path, threads: int) -> tuple[dict[str, Any], dict[str, int]]
 
 def cell(times: dict, judged: dict, mine: str, other: str) -> dict[str, Any]:
     """One of our graphs against one of theirs: ratios of neighbours."""
-    faster = {f"{phase.removesuffix('_ms')}_times_faster": ratio(tools[other], tools[mine]) for phase, tools in times.items()}
+    faster = {f"{phase.removesuffix('_ms')}_times_faster": times_faster(tools[other], tools[mine]) for phase, tools in times.items()}
     return {**faster, "kl": judged[mine]["kl_mean"], "their_kl": judged[other]["kl_mean"]}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,12 +16,18 @@ import numpy as np
 import onnxruntime as ort
 from measured import against_itself, median
 
+from qlora_tools.bench.pairs import compare
 from qlora_tools.export.runtime import DecoderSession
 
 PROMPT, STEPS, WINDOWS = 128, 16, 8
-_WARM_UP, _LOADS = 1, 5
+#: Below six loads a ratio of times has no interval worth the name.
+_WARM_UP, _LOADS = 1, 6
 #: Above this much data the graphs are loaded one after another instead of side by side.
 _TOGETHER_BYTES = 4 << 30
+
+
+#: Phase -> graph -> for every load its rounds, in milliseconds.
+Times = dict[str, dict[str, list[list[float]]]]
 
 
 class Graph(Protocol):
@@ -102,13 +108,13 @@ def tokens_of(model: Path, *, random: bool) -> np.ndarray:
     return np.asarray(ids[: WINDOWS * PROMPT], np.int64).reshape(WINDOWS, PROMPT)
 
 
-def latency(openers: Mapping[str, Callable[[], Graph]], ids: np.ndarray, rounds: int, total_bytes: int) -> dict[str, dict[str, list[float]]]:
-    """Milliseconds of every graph, ``phase -> graph -> one number per round``: all positions' logits, the last one's, a step after the prompt.
+def latency(openers: Mapping[str, Callable[[], Graph]], ids: np.ndarray, rounds: int, total_bytes: int) -> Times:
+    """Milliseconds of every graph: all positions' logits, the last one's, a step after the prompt.
 
     Graphs that fit in memory together are run in turn, so that a busy moment hits all; larger ones each for itself. All are loaded :data:`_LOADS` times, in
     turning order: where a session's memory comes to lie makes a step up to a tenth faster or slower for as long as it lives.
     """
-    found: dict[str, dict[str, list[float]]] = {phase: {name: [] for name in openers} for phase in ("prefill_ms", "prefill_last_logits_ms", "decode_ms")}
+    found: Times = {phase: {name: [[] for _ in range(_LOADS)] for name in openers} for phase in ("prefill_ms", "prefill_last_logits_ms", "decode_ms")}
     groups = [list(openers)] if total_bytes <= _TOGETHER_BYTES else [[name] for name in openers]
     for group in groups:
         for load in range(_LOADS):
@@ -118,15 +124,31 @@ def latency(openers: Mapping[str, Callable[[], Graph]], ids: np.ndarray, rounds:
                 for name in order if turn % 2 else order[::-1]:
                     row = one_round(graphs[name], ids)
                     for phase, value in row.items() if turn >= 0 else ():
-                        found[phase][name].append(value)
+                        found[phase][name][load].append(value)
             for graph in graphs.values():
                 graph.close()
     return found
 
 
-def noise_of(times: Mapping[str, Mapping[str, list[float]]], name: str) -> dict[str, Any]:
+def times_faster(theirs: Sequence[Sequence[float]], ours: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """theirs / ours: in each load the median of its rounds' ratios, of these the median; the interval resamples whole loads, since rounds of one are alike."""
+    ratios = [median([other / own for other, own in zip(*load, strict=True)]) for load in zip(theirs, ours, strict=True) if load[0]]
+    found = compare(ratios)
+    return {"median": found["effect"], "ci95": found["ci95"] or [min(ratios), max(ratios)], "pairs": found["n_pairs"]}
+
+
+def all_rounds(loads: Sequence[Sequence[float]]) -> list[float]:
+    return [value for load in loads for value in load]
+
+
+def medians_of(times: Times, name: str) -> dict[str, float]:
+    """Of all rounds of one graph, by phase."""
+    return {phase: median(all_rounds(values[name])) for phase, values in times.items()}
+
+
+def noise_of(times: Times, name: str) -> dict[str, Any]:
     """How far a graph strays from itself in :func:`latency`'s rounds, by phase; empty where there were too few."""
-    return {phase: found for phase, values in times.items() if (found := against_itself(values[name])) is not None}
+    return {phase: found for phase, values in times.items() if (found := against_itself(all_rounds(values[name]))) is not None}
 
 
 def one_round(graph: Graph, ids: np.ndarray) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Do exported folders open in other programs, as they are, and say the same? onnxruntime-genai, Optimum's ORTModel classes and transformers.js.
 
-    python benchmarks/open_elsewhere.py [--model DIR] [--families llama,qwen3,...] [--genai-python PATH] [--optimum-python PATH] [--js DIR] [--only NAME]
+    python benchmarks/open_elsewhere.py [--model DIR] [--families llama,qwen3,...] [--genai-python PATH] [--optimum-python PATH] [--js DIR]
 
 For every family a tiny random model is made with transformers (and ``--model`` is one more, a real one), exported as fp32, int8, int4 and fp32 ``--standard``, and opened in each program, which
 continues a prompt of 20 tokens by 16, greedily. ``equal`` to ours: the same tokens as this package's runtime; fp32 is held against transformers' own continuation too, in Optimum also

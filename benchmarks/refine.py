@@ -22,7 +22,7 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from measured import write_result
+from measured import public_arguments, write_result
 
 from qlora_tools import api
 from qlora_tools.adapters.peft_files import read_adapter
@@ -54,9 +54,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         found = compare(options, Path(folder))
-    command = f"python benchmarks/refine.py --base {options.base.name} --tuned {options.tuned.name} --text {options.text.name} --rank {options.rank} --format {options.format} --steps {options.steps}"
-    command += f" --foreign {options.foreign.name}" if options.foreign else ""
-    write_result(f"refine_{options.tuned.name}", command, found)
+    write_result(f"refine_{options.tuned.name}", f"python benchmarks/refine.py {public_arguments()}", found)
 
 
 def compare(options: argparse.Namespace, work: Path) -> dict[str, Any]:

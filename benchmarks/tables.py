@@ -245,7 +245,7 @@ def commands() -> str:
     )
     names += ("refine_shakespeare-light", "refine_shakespeare-heavy", "extract_weighted", "merge", "nf4_search", "quantize_calibrated", "gptq_speed")
     names += ("export_calibrated", "adapters_kept")
-    found = [item["command"].strip() for name in names if (item := result(name))]
+    found = [item["command"] for name in names if (item := result(name))]
     machine = next(item["machine"] for name in names if (item := result(name)))
     listed = "\n".join(f"* `{command}`" for command in found)
     return f"<details><summary>The commands that made these tables, on {machine['cores']} cores of an {machine['cpu']}</summary>\n\n{listed}\n\n</details>"
@@ -336,7 +336,7 @@ def measured_files() -> str:
     """Every result file, its command, and where it is shown."""
     rows = []
     for path in sorted(RESULTS.glob("*.json")):
-        command = (result(path.stem) or {})["command"].removeprefix("python benchmarks/").strip()
+        command = (result(path.stem) or {})["command"].removeprefix("python benchmarks/")
         rows.append([f"`{path.stem}`", f"`{command}`", SHOWN.get(path.stem, "**nowhere**")])
     return table(["result", "made by", "shown in"], rows).replace("---:", "---")
 

@@ -87,6 +87,16 @@ def nudge(base: Path, folder: Path, *, rank: int = 4, scale: float = 0.05, noise
     return folder
 
 
+def with_config(folder: Path, target: Path, **changes) -> Path:
+    """A copy of ``folder`` with other values in its config.json."""
+    import shutil
+
+    shutil.copytree(folder, target, dirs_exist_ok=True)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, **changes}))
+    return target
+
+
 def write_tokenizer(folder: Path, vocab_size: int) -> None:
     """A byte-ish tokenizer whose ids all lie below ``vocab_size``."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

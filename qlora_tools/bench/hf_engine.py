@@ -56,13 +56,35 @@ def load(
         UsageError: a word that is not known, no such device, or a folder that is quantized already. MissingError: no such folder, or no weights in it.
         CorruptError: config.json is not JSON, has sizes that no model has, or names no known dtype; and as :func:`~qlora_tools.live.foreign.load_foreign`.
     """
-    words = loading_words(path, threads=threads, dtype=dtype, device=device, quantize=quantize, memory=memory, memory_limit=memory_limit)
-    config = read_json(Path(path) / "config.json")
+    config = config_of(path)
+    words = loading_words(path, config, threads=threads, dtype=dtype, device=device, quantize=quantize, memory=memory, memory_limit=memory_limit)
     return TransformersEngine(settled(load_foreign(AutoModelForCausalLM, Path(path), config, words), adapter))
 
 
+def config_of(path: str) -> dict[str, Any]:
+    """The config.json of a folder that is to be loaded.
+
+    Raises:
+        As :func:`load`.
+    """
+    place = Path(path) / "config.json"
+    if not place.is_file():
+        raise MissingError(f"{path} holds no config.json", hint="give a model folder")
+    config = read_json(place)
+    check_sizes(config, place)
+    return config
+
+
 def loading_words(
-    path: str, *, threads: int, dtype: str, device: str, quantize: str | None = None, memory: str = "runtime", memory_limit: int | None = None
+    path: str,
+    config: Mapping[str, Any],
+    *,
+    threads: int,
+    dtype: str,
+    device: str,
+    quantize: str | None = None,
+    memory: str = "runtime",
+    memory_limit: int | None = None,
 ) -> dict[str, Any]:
     """What a class's ``from_pretrained`` is told, for options as :func:`load` takes them; torch is set up on the way.
 
@@ -72,11 +94,6 @@ def loading_words(
     for name, word, words in (("dtype", dtype, DTYPES), ("quantize", quantize, (None, *QUANTIZATIONS)), ("memory", memory, MEMORY_MODES)):
         if word not in words:
             raise UsageError(f"{name} {word!r}: expected one of {', '.join(str(known) for known in words if known)}")
-    config_path = Path(path) / "config.json"
-    if not config_path.is_file():
-        raise MissingError(f"{path} holds no config.json", hint="give a model folder")
-    config = read_json(config_path)
-    check_sizes(config, config_path)
     _prepare_device(device, memory_limit)
     torch.set_num_threads(threads)
     disable_progress_bar()

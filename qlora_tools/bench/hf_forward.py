@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qlora_tools.bench.hf_engine import loading_words, quantization_method, settled, stored_bytes
+from qlora_tools.bench.hf_engine import config_of, loading_words, quantization_method, settled, stored_bytes
 from qlora_tools.checkpoint.reader import read_json
 from qlora_tools.errors import UnsupportedError
 from qlora_tools.live.foreign import REFUSALS, load_foreign
@@ -45,9 +45,8 @@ def load(
         UsageError, MissingError, CorruptError: as there. UnsupportedError: no class for it, or one whose inputs cannot be drawn; no adapter and no quantization
         on a model of diffusers.
     """
-    words = loading_words(path, threads=threads, dtype=dtype, device=device, quantize=quantize, memory=memory, memory_limit=memory_limit)
-    folder = Path(path)
-    config = read_json(folder / "config.json")
+    folder, config = Path(path), config_of(path)
+    words = loading_words(path, config, threads=threads, dtype=dtype, device=device, quantize=quantize, memory=memory, memory_limit=memory_limit)
     processor = read_json(folder / "preprocessor_config.json") if (folder / "preprocessor_config.json").is_file() else {}
     if is_of_diffusers(config):
         if adapter is not None or quantize is not None:

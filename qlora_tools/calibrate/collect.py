@@ -116,7 +116,7 @@ def collect_batches(
 
     try:
         return walk(whole=False)
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         if not reaches_outside(error):
             raise
         progress.note(f"{checkpoint.folder.name} reaches into its blocks from outside, so the whole model is loaded")

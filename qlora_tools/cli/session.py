@@ -15,8 +15,8 @@ from typing import Any
 
 import click
 
-from qlora_tools.errors import UsageError
-from qlora_tools.manifest import misfit, strict_json
+from qlora_tools.errors import CorruptError, UsageError
+from qlora_tools.manifest import misfit, read_manifest, strict_json
 
 _MAYBE = (str, None)
 _EXPORT = {"path": str, "scheme": str, "model": _MAYBE, "base": _MAYBE, "target": _MAYBE, "adapters": [[object]]}
@@ -72,10 +72,11 @@ class Session:
     def scheme_of(self, path: str) -> str | None:
         """The scheme of an export: as its manifest says."""
         try:
-            command = json.loads((Path(path) / "qlt-manifest.json").read_text(encoding="utf-8"))["command"]
-            return str(command["scheme"])
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            manifest = read_manifest(Path(path))
+        except (CorruptError, OSError):
             return None
+        scheme = manifest.command.get("scheme") if manifest else None
+        return None if scheme is None else str(scheme)
 
     def pick(self, name: str, flag: str) -> Any:
         """The remembered value of ``name``.

@@ -167,8 +167,8 @@ def line_up(
 
 def _subjects(checkpoints: Mapping[str | Path, Path], adapters: Given, device: str, progress: Progress) -> list[Subject]:
     """One subject for each model, each with a name of its own: exports lie in folders of these names."""
-    names = [slug(folder_name(folder)) for folder in checkpoints.values()]
-    called: list[str | None] = [*subject_names(names, list(checkpoints.values()))] if len(set(names)) < len(names) else [None] * len(names)
+    names = subject_names([slug(folder_name(folder)) for folder in checkpoints.values()], list(checkpoints.values()))
+    called = [None] if adapters else names  # one base then, named with its adapters
     return [Subject(model, adapters, device, called=name, progress=progress) for model, name in zip(checkpoints, called, strict=True)]
 
 

@@ -53,7 +53,7 @@ def candidates_of(models: Sequence[str | Path], adapters: Sequence[str | Path], 
         from qlora_tools.verbs.merging import open_merged
         from qlora_tools.verbs.quantize import codec_for
 
-        merged = open_merged(base.folder, [(adapter, 1.0)], None, codec_for("nf4"), progress, new_head=True)
+        merged = open_merged(base.folder, [(adapter, 1.0)], None, codec_for("nf4"), progress)
         merged.check_asked(adapter=adapter)
         candidates.append(Candidate(f"{base.name} + {adapter}", base.folder, merged.adapter_folders[0]))
     return candidates

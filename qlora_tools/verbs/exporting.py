@@ -46,8 +46,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Drawn:
-    """The tensors, the config and a name. ``checkpoint``: itself, or the base. ``target``, ``simulated``: of what is merged, as in
-    :class:`~qlora_tools.verbs.merging.Merged`. ``branch``: the folder of the residual branch that came along unasked. ``merged``: what adapters made of it."""
+    """The tensors, the config and a name. ``checkpoint``: itself, or the base. ``branch``: the folder of the residual branch that came along
+    unasked. ``merged``: what adapters made of it."""
 
     source: Source
     checkpoint: LogicalCheckpoint
@@ -55,10 +55,18 @@ class Drawn:
     name: str
     adapters: tuple[Part, ...] = ()
     beside: Beside = field(default_factory=Beside)
-    target: str | None = None
-    simulated: str | None = None
     branch: Path | None = None
     merged: Merged | None = None
+
+    @property
+    def target(self) -> str | None:
+        """Onto which weights was merged; as :class:`~qlora_tools.verbs.merging.Merged` has it."""
+        return self.merged.target if self.merged else None
+
+    @property
+    def simulated(self) -> str | None:
+        """The codec that these were put through before."""
+        return self.merged.simulated.name if self.merged and self.merged.simulated else None
 
     @property
     def side_files(self) -> Path:
@@ -98,7 +106,7 @@ def open_drawn(
         raise UsageError("adapters are merged into a base", hint="give the model as --base")
     chosen = str(base if model is None else model)
     if merge or keep or fixed:
-        opened = open_merged(chosen, [*merge, *keep, *fixed], target, codec_for("nf4"), progress, new_head=True)
+        opened = open_merged(chosen, [*merge, *keep, *fixed], target, codec_for("nf4"), progress)
         drawn = _with_adapters(opened, len(merge), len(keep))
     else:
         drawn = _alone(open_model(chosen, progress))
@@ -118,17 +126,13 @@ def _with_adapters(opened: Merged, merged: int, kept: int) -> Drawn:
             f"adapter {head.adapter} brings {shortened(head.added)}, which the base does not have, and cannot be kept beside a graph",
             hint="merge it: qlt export --base BASE --adapter DIR --merge",
         )
-    added = head.added if head else {}
-    source = MergedSource(opened.base, opened.adapters[:merged], ties=checkpoint.ties, fingerprint=base_fingerprint(checkpoint), added=added)
-    into = Merged(checkpoint, opened.base, source, opened.adapters[:merged], folders[:merged], opened.target, opened.simulated, head)
-    last = merged + kept
+    into, last = opened.of_first(merged), merged + kept
     names = adapter_names([folder_name(folder) for folder in folders[merged:last]])
     apart = [(bound_without_copies(adapter, checkpoint, checkpoint.ties), weight) for adapter, weight in opened.adapters[merged:]]
     beside = Beside(dict(zip(names, apart[:kept], strict=True)), apart[kept:])
     uses = [MERGED] * merged + [KEPT] * kept + [FIXED] * (len(folders) - last)
     parts = tuple(Part(folder, weight, use) for folder, (_, weight), use in zip(folders, opened.adapters, uses, strict=True))
-    codec = opened.simulated.name if opened.simulated else None
-    return Drawn(source, checkpoint, into.config, into.name, parts, beside, opened.target, codec, merged=into)
+    return Drawn(into.source, checkpoint, into.config, into.name, parts, beside, merged=into)
 
 
 def _with_residual(drawn: Drawn) -> Drawn:

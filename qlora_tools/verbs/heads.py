@@ -2,8 +2,8 @@
 
 Training a classifier on a base without a head for its classes makes the head in the adapter (``modules_to_save``). Merged, base and head are a model of
 another class than the base: ``BertForSequenceClassification`` where there was a ``BertModel``. Its checkpoint has the prefix that this class puts before
-its body, so that body and head are found again whoever loads it; what the class has no place for (the old head, a masked-language head) is left out and named; and config.json says class and
-classes.
+its body, so that body and head are found again whoever loads it; what the class has no place for (the old head, a masked-language head) is left out and
+named; and config.json says class and classes.
 
 Which class that is, and what it holds, transformers says. Accepted is only what makes it whole: every tensor that the base lacks must come with the adapter,
 in the shape that the class has. Anything else is left to the ordinary matching of adapter and base, which refuses it by name.
@@ -24,6 +24,7 @@ from qlora_tools.checkpoint.reader import read_json
 from qlora_tools.checkpoint.renamed import RenamedCheckpoint
 from qlora_tools.checkpoint.safetensors_file import SafetensorsFile
 from qlora_tools.errors import IncompatibleError, UnsupportedError
+from qlora_tools.live.loading import loaded_names
 from qlora_tools.manifest import read_manifest
 from qlora_tools.names import shortened, split_tensor
 from qlora_tools.specs import TensorSpec
@@ -146,7 +147,7 @@ def _model_of(opened: LogicalCheckpoint, folder: Path, saved: Mapping[str, Shape
     Where no manifest names the classes, their number is that of the rows in which the adapter's head differs from the class's own.
     """
     kind = read_json(folder / FILE_NAME).get("task_type")
-    if kind not in (None, "SEQ_CLS"):
+    if kind not in [*_TASKS]:  # which may be anything, lists included
         return None
     from qlora_tools.live.base import build_empty  # brings transformers with it
 
@@ -163,8 +164,6 @@ def _model_of(opened: LogicalCheckpoint, folder: Path, saved: Mapping[str, Shape
 
 def _kept(model: Any, opened: LogicalCheckpoint, state: Mapping[str, Shape]) -> dict[str, str]:
     """Tensor of the base -> the tensor of the class that it is, or becomes a part of. A head of another size is not among them."""
-    from qlora_tools.live.loading import loaded_names
-
     return {
         stored: loaded
         for stored, (loaded, gathered) in loaded_names(model, opened.specs).items()
@@ -181,8 +180,6 @@ def _shared(model: Any, held: set[str]) -> set[str]:
 def _spelled(model: Any, kept: Mapping[str, str]) -> dict[str, str]:
     """Tensor of the base -> its name in the new checkpoint: with the prefix of the body where the class has one and the base leaves it out. Older names
     stay, where transformers knows them."""
-    from qlora_tools.live.loading import loaded_names
-
     prefix = f"{model.base_model_prefix}."
     longer = {stored: f"{prefix}{stored}" for stored, loaded in kept.items() if loaded.startswith(prefix) and not stored.startswith(prefix)}
     again = loaded_names(model, longer.values())
@@ -191,8 +188,6 @@ def _spelled(model: Any, kept: Mapping[str, str]) -> dict[str, str]:
 
 def _called_otherwise(model: Any, stored: Iterable[str]) -> dict[str, str]:
     """Stored name -> name in the model, where they differ and nothing is put together."""
-    from qlora_tools.live.loading import loaded_names
-
     state = model.state_dict()
     found = loaded_names(model, stored).items()
     return {name: loaded for name, (loaded, gathered) in found if loaded != name and not gathered and loaded in state}

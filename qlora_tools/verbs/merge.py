@@ -173,7 +173,7 @@ def merge(
     if not adapters:
         raise UsageError("no adapter to merge", hint="give one with --adapter")
     codec = codec_for(scheme) if scheme else None
-    merged = open_merged(base, adapters, config.target, codec or codec_for("nf4"), progress, anyway=config.anyway, new_head=True)
+    merged = open_merged(base, adapters, config.target, codec or codec_for("nf4"), progress, anyway=config.anyway)
     merged.check_asked(calib=config.calib, text=config.text, heal=config.heal)
     ready = _prepare(merged, codec, config)
     dest = output or Path("checkpoints") / slug(merged.name.replace("+", "-") + (f"-{scheme}" if scheme else "-merged"))

@@ -87,6 +87,13 @@ class Merged:
         """What a manifest says about a head that the base did not have."""
         return {"head": self.head.record()} if self.head else {}
 
+    def of_first(self, count: int) -> Merged:
+        """The same with the first ``count`` of its adapters alone."""
+        if count == len(self.adapters):
+            return self
+        adapters, folders = self.adapters[:count], self.adapter_folders[:count]
+        return replace(self, source=_merged(self.checkpoint, self.base, adapters, self.head), adapters=adapters, adapter_folders=folders)
+
     def check_asked(self, **asked: object) -> None:
         """Raises UsageError where one of ``asked`` (option -> its value) needs the base to run, and its head comes with the adapter."""
         named = [f"--{option}" for option, value in asked.items() if value is not None]
@@ -110,13 +117,12 @@ def open_merged(
     progress: Progress,
     *,
     anyway: bool = False,
-    new_head: bool = False,
 ) -> Merged:
     """Read the base and its adapters from headers and check that they fit.
 
     ``target=None``: ``trained`` for a quantized base and for adapters that correct a quantized one, else ``original``. ``simulate`` is the codec of the
     round trip when ``trained`` is wanted on a 16-bit base and no adapter says which one it was trained on. ``anyway``: do not refuse what counts a correction twice.
-    ``new_head``: take a head that the base does not have from an adapter that brings it (``verbs/heads.py``); else such an adapter does not fit.
+    A head that the base does not have is taken from an adapter that brings it (``verbs/heads.py``).
 
     Raises:
         UsageError: ``original`` is asked of a quantized base, or of an adapter that corrects a quantized one. And what ``with_head``, ``read_adapter`` and
@@ -124,7 +130,7 @@ def open_merged(
     """
     opened = open_model(base, progress)
     folders = tuple(adapter_folder(path) for path, _ in adapters)
-    checkpoint, head = with_head(opened, folders) if new_head else (opened, None)
+    checkpoint, head = with_head(opened, folders)
     if head is not None:
         progress.note(head.note)
     correcting = next((said for folder in folders if (said := correction(folder))), None)
@@ -140,10 +146,12 @@ def open_merged(
         )
     simulated = None if target == "original" or checkpoint.quantized else next((codec for folder in folders if (codec := trained_on(folder))), simulate)
     view: Source = RoundTripped(checkpoint, simulated) if simulated else checkpoint
-    added = head.added if head else {}
     bound = tuple((bound_to(checkpoint, folder, head), weight) for folder, (_, weight) in zip(folders, adapters, strict=True))
-    source = MergedSource(view, bound, ties=checkpoint.ties, fingerprint=base_fingerprint(checkpoint), added=added)
-    return Merged(checkpoint, view, source, bound, folders, target, simulated, head)
+    return Merged(checkpoint, view, _merged(checkpoint, view, bound, head), bound, folders, target, simulated, head)
+
+
+def _merged(checkpoint: LogicalCheckpoint, view: Source, bound: Sequence[tuple[Adapter, float]], head: Head | None) -> MergedSource:
+    return MergedSource(view, bound, ties=checkpoint.ties, fingerprint=base_fingerprint(checkpoint), added=head.added if head else None)
 
 
 def bound_to(checkpoint: LogicalCheckpoint, folder: Path, head: Head | None = None) -> Adapter:

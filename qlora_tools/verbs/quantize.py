@@ -109,7 +109,10 @@ def quantize(
         "max_kl": max_kl,
     }
     settings |= {"block_size": block_size if scheme == "nf4" else None, "double_quant": double_quant if scheme == "nf4" else None}
-    job = Job(source, codec, dest, force, resolve_device(device), settings, progress, as_16bit=as_16bit)
+    place = resolve_device(device)
+    if isinstance(codec, Int8) and calib is None:  # its codes are made on the CPU in any case, and beside a GPU by one core
+        place = "cpu"
+    job = Job(source, codec, dest, force, place, settings, progress, as_16bit=as_16bit)
     if dry_run:
         if calib is not None and is_statistics(calib):
             with Statistics(Path(calib)) as statistics:

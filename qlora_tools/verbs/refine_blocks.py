@@ -54,7 +54,7 @@ def refine_blocks(
     guide = Weights(teacher, "language", dtype, device, progress)
     try:
         made = distill_blocks(guide, student, text, config, Parking(folder), journal=BlockJournal(folder), tidy=tidy, progress=progress)
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         if not reaches_outside(error):
             raise
         raise UnsupportedError(f"{base.folder.name} reaches into its blocks from outside", hint="leave out --by-block") from error

@@ -1,5 +1,6 @@
 """A record as a benchmark would leave it, for the tests of what is drawn from it."""
 
+import json
 from dataclasses import replace
 
 from qlora_tools.bench.record import Attempt, BenchRecord, Case, Layer, Quality, Row, Setting, Workload
@@ -74,3 +75,10 @@ def make_record(**changes):
         title="A <title>",
     )
     return replace(record, **changes)
+
+
+def changed(change):
+    """The stored bytes of a record after ``change`` was done to its plain value."""
+    value = json.loads(make_record().to_json())
+    change(value)
+    return json.dumps(value).encode()

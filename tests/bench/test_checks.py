@@ -1,19 +1,11 @@
 """A record from a stranger is held against what drawing and comparing take for granted."""
 
-import json
-
 import pytest
-from bench_records import make_record
+from bench_records import changed, make_record
 from page_records import make_forward, make_swept
 
 from qlora_tools.bench.record_file import parse_record
 from qlora_tools.errors import CorruptError
-
-
-def changed(change):
-    value = json.loads(make_record().to_json())
-    change(value)
-    return json.dumps(value).encode()
 
 
 def of_first(name, **figures):

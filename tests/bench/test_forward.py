@@ -105,7 +105,6 @@ def test_a_dense_folder_is_quantized_while_it_is_loaded(tmp_path, quantize):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_a_gpu_inputs_lie_there_and_a_pass_is_waited_for(tmp_path):
     saved(tmp_path, transformers.BertConfig(**BODY, vocab_size=60, num_labels=3), transformers.BertForSequenceClassification)
     here, there = load(str(tmp_path), threads=1), load(str(tmp_path), threads=1, device="cuda")

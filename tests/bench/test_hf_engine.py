@@ -1,7 +1,6 @@
 import gc
 import json
 import math
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from qlora_tools.bench.hf_engine import load, loading_words, stored_bytes
+from qlora_tools.bench.hf_engine import config_of, load, loading_words, stored_bytes
 from qlora_tools.errors import CorruptError, MissingError, UnsupportedError, UsageError
+from tests.conftest import with_config
 
 IDS = np.random.default_rng(0).integers(0, 96, (2, 12))
 
@@ -135,7 +135,7 @@ def test_a_limit_is_the_share_of_the_device_that_torch_is_told(folder, monkeypat
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=400))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *words: told.append(words))
     for limit in (100, 900):
-        loading_words(folder, threads=1, dtype="fp32", device=device, memory_limit=limit)
+        loading_words(folder, config_of(folder), threads=1, dtype="fp32", device=device, memory_limit=limit)
     assert told == [(0.25, number), (1.0, number)]
 
 
@@ -191,16 +191,8 @@ def test_wrong_words_are_refused_before_loading(folder, tmp_path):
 
 
 def test_nothing_but_safetensors_and_the_librarys_own_code_is_asked_for(folder):
-    words = loading_words(folder, threads=1, dtype="fp32", device="cpu")
+    words = loading_words(folder, config_of(folder), threads=1, dtype="fp32", device="cpu")
     assert words["trust_remote_code"] is False and words["use_safetensors"] is True and words["local_files_only"] is True
-
-
-def copied(folder, target, **changes):
-    """The folder with another config.json."""
-    shutil.copytree(folder, target, dirs_exist_ok=True)
-    config = json.loads((target / "config.json").read_text())
-    (target / "config.json").write_text(json.dumps({**config, **changes}))
-    return str(target)
 
 
 def test_a_folder_of_pickles_is_refused_before_one_is_opened(folder, tmp_path):
@@ -208,7 +200,7 @@ def test_a_folder_of_pickles_is_refused_before_one_is_opened(folder, tmp_path):
         def __reduce__(self):
             return Path.touch, (tmp_path / "boom",)
 
-    path = copied(folder, tmp_path / "model")
+    path = str(with_config(Path(folder), tmp_path / "model"))
     (tmp_path / "model/model.safetensors").unlink()
     torch.save({"w": Bomb()}, tmp_path / "model/pytorch_model.bin")
     with pytest.raises(UnsupportedError, match=r"pytorch_model\.bin: pickle files can run code"):
@@ -220,7 +212,7 @@ def test_a_folder_of_pickles_is_refused_before_one_is_opened(folder, tmp_path):
 
 
 def test_code_of_the_folder_is_neither_run_nor_asked_about(folder, tmp_path, monkeypatch):
-    path = copied(folder, tmp_path / "model", model_type="own", auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"})
+    path = str(with_config(Path(folder), tmp_path / "model", model_type="own", auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}))
     (tmp_path / "model/own.py").write_text(f"open({str(tmp_path / 'boom')!r}, 'w')")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question on the terminal"))
     with pytest.raises(UnsupportedError, match="transformers cannot load it") as raised:
@@ -230,10 +222,10 @@ def test_code_of_the_folder_is_neither_run_nor_asked_about(folder, tmp_path, mon
 
 def test_sizes_that_no_model_has_and_broken_weights_are_named(folder, tmp_path):
     with pytest.raises(CorruptError, match="num_hidden_layers"):
-        load(copied(folder, tmp_path / "deep", num_hidden_layers=100_000_000), threads=1)
+        load(str(with_config(Path(folder), tmp_path / "deep", num_hidden_layers=100_000_000)), threads=1)
     with pytest.raises(UnsupportedError, match="cannot load it"):
-        load(copied(folder, tmp_path / "odd", hidden_size=100, num_attention_heads=32), threads=1)
-    path = copied(folder, tmp_path / "broken")
+        load(str(with_config(Path(folder), tmp_path / "odd", hidden_size=100, num_attention_heads=32)), threads=1)
+    path = str(with_config(Path(folder), tmp_path / "broken"))
     (tmp_path / "broken/model.safetensors").write_bytes(b"\xff" * 64)
     with pytest.raises(CorruptError, match="cannot be read as safetensors"):
         load(path, threads=1)

@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from bench_records import make_record
+from bench_records import changed, make_record
 
 from qlora_tools.bench.record import Quality, at_most, same
 from qlora_tools.bench.record_file import parse_record, read_record
@@ -38,28 +38,22 @@ def test_keys_of_a_later_version_are_passed_over():
     assert parse_record(json.dumps(value).encode()) == parse_record(make_record().to_json())
 
 
-def broken(change):
-    value = json.loads(make_record().to_json())
-    change(value)
-    return json.dumps(value).encode()
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"{", "not JSON"),
         (b"[]", "schema is 'list'"),
-        (broken(lambda v: v.update(schema="qlt.bench/9")), "schema is 'qlt.bench/9'"),
-        (broken(lambda v: v["rows"][1].update(status="fine")), r"rows\[1\].status"),
-        (broken(lambda v: v.update(rounds="3")), "`rounds` is str"),
-        (broken(lambda v: v["rows"][0]["attempts"][0].pop("wall_s")), "wall_s"),
-        (broken(lambda v: v["workload"]["cases"][0].update(batch=0)), "batch is 0"),
-        (broken(lambda v: v["rows"][0]["prefill"].update(p50_s=float("nan"))), "NaN is no number"),
-        (broken(lambda v: v["rows"][0].update(energy_j="FIGURE")).replace(b'"FIGURE"', b"1e400"), "1e400 is no number"),
-        (broken(lambda v: v["rows"][0].update(file_bytes="FIGURE")).replace(b'"FIGURE"', b"9" * 5000), "999 is no number"),
+        (changed(lambda v: v.update(schema="qlt.bench/9")), "schema is 'qlt.bench/9'"),
+        (changed(lambda v: v["rows"][1].update(status="fine")), r"rows\[1\].status"),
+        (changed(lambda v: v.update(rounds="3")), "`rounds` is str"),
+        (changed(lambda v: v["rows"][0]["attempts"][0].pop("wall_s")), "wall_s"),
+        (changed(lambda v: v["workload"]["cases"][0].update(batch=0)), "batch is 0"),
+        (changed(lambda v: v["rows"][0]["prefill"].update(p50_s=float("nan"))), "NaN is no number"),
+        (changed(lambda v: v["rows"][0].update(energy_j="FIGURE")).replace(b'"FIGURE"', b"1e400"), "1e400 is no number"),
+        (changed(lambda v: v["rows"][0].update(file_bytes="FIGURE")).replace(b'"FIGURE"', b"9" * 5000), "999 is no number"),
         (b'{"schema":' + b"[" * 100_000, "64 levels deep"),
-        (broken(lambda v: v["machine"].update(cpu="FIGURE")).replace(b'"FIGURE"', b"[" * 500 + b"]" * 500), "64 levels deep"),
-        (broken(lambda v: v["rows"][0]["unknown"].update(load=3)), r"rows\[0\].unknown.load` is int"),
+        (changed(lambda v: v["machine"].update(cpu="FIGURE")).replace(b'"FIGURE"', b"[" * 500 + b"]" * 500), "64 levels deep"),
+        (changed(lambda v: v["rows"][0]["unknown"].update(load=3)), r"rows\[0\].unknown.load` is int"),
     ],
 )
 def test_a_damaged_file_is_refused_with_the_place(content, message):

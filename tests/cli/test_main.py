@@ -120,13 +120,16 @@ def test_a_signal_during_work_leaves_nothing_behind(tmp_path, number, code):
         "@click.command('slow')\n"
         "def slow():\n"
         f"    with output_folder(pathlib.Path({str(tmp_path / 'out')!r})) as folder:\n"
-        "        (folder / 'half').write_text('x'); print('ready', flush=True); time.sleep(30)\n"
+        "        (folder / 'half').write_text('x'); print('ready', flush=True); time.sleep(300)\n"
         "cli.group.get_command = lambda ctx, name: slow\n"
         "sys.argv = ['qlt', 'slow']\n"
         "cli.main()\n"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
-        assert child.stdout.readline() == "ready\n"
-        os.kill(child.pid, number)
-        _, err = child.communicate(timeout=40)
+        try:
+            assert child.stdout.readline() == "ready\n"
+            os.kill(child.pid, number)
+            _, err = child.communicate(timeout=40)
+        finally:
+            child.kill()  # else the block waits for it
     assert child.returncode == code and "nothing was left behind" in err and list(tmp_path.iterdir()) == []

@@ -12,6 +12,7 @@ import sys
 import pytest
 from safetensors.torch import load_file, save_file
 
+from tests.conftest import with_config
 from tests.flows.conftest import files
 
 NAME = "model.layers.1.mlp.up_proj.weight"
@@ -225,23 +226,16 @@ def test_a_text_in_the_output_is_not_lost_with_it(qlt, here, llama, tuned, adapt
     assert (here / "out/text.txt").exists()
 
 
-def configured(llama, folder, **changes):
-    """``llama`` with other values in its config.json."""
-    model = shutil.copytree(llama, folder)
-    (model / "config.json").write_text(json.dumps({**json.loads((llama / "config.json").read_text()), **changes}))
-    return model
-
-
 @pytest.mark.parametrize("verb", ["quantize", "merge", "export"])
 def test_infinity_in_a_config_is_handed_on(qlt, here, llama, tuned, adapter, tmp_path, verb):
-    model = configured(llama, tmp_path / "model", time_step_limit=[0.0, float("inf")])
+    model = with_config(llama, tmp_path / "model", time_step_limit=[0.0, float("inf")])
     done = qlt(*words(verb, model, tuned, adapter), "-o", "out")
     assert done.code == 0 and json.loads((here / "out/config.json").read_text())["time_step_limit"] == [0.0, float("inf")], done.err
 
 
 @pytest.mark.parametrize("verb", ["quantize", "merge", "export", "inspect"])
 def test_half_a_character_in_a_config_is_refused_by_its_key(qlt, here, llama, tuned, adapter, tmp_path, verb):
-    model = configured(llama, tmp_path / "model", note="\ud800")
+    model = with_config(llama, tmp_path / "model", note="\ud800")
     done = qlt(*words(verb, model, tuned, adapter))
     assert done.code == 4 and "'note' holds half of a character" in done.err and files(here) == set()
 

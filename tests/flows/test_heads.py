@@ -16,7 +16,7 @@ from qlora_tools.manifest import read_manifest
 from qlora_tools.training.config import TrainConfig
 from qlora_tools.verbs.train import train
 from tests.conftest import write_tokenizer
-from tests.flows.training_material import without_estimate_and_picture, write_images, write_labelled
+from tests.flows.training_material import without_estimate_and_picture, write_images, write_labelled, write_preparation
 
 BODY = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 128}  # sides that bitsandbytes multiplies by on the CPU
 BERT = {**BODY, "vocab_size": 160, "max_position_embeddings": 128}
@@ -54,8 +54,7 @@ def build(kind, folder, seed=0):
     torch.manual_seed(seed)
     BUILDS[kind]().save_pretrained(folder)
     write_tokenizer(folder, 160)
-    preparation = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    (folder / "preprocessor_config.json").write_text(json.dumps(preparation))
+    write_preparation(folder)
     return folder
 
 
@@ -137,7 +136,7 @@ def test_quantized_merges_keep_the_head_dense_and_load(qlt, here, made, kind, sc
     assert held.quantized and all(name in held.stored.specs and name not in held.quantized for name in ("classifier.weight", "classifier.bias"))
     assert "classifier" in held.config["quantization_config"]["llm_int8_skip_modules"]
     found, wanted = logits(loaded(here / "m", kind), kind), by_peft(base, adapter, kind)
-    assert (found - wanted).norm() < 0.5 * wanted.norm()
+    assert (found - wanted).norm() < 0.05 * wanted.norm()
     assert qlt("merge", "--base", base, "--adapter", adapter, "-o", "dense").code == 0
     assert open_checkpoint(here / "dense").specs.keys() == held.specs.keys()
 
@@ -175,7 +174,8 @@ def test_the_exported_classifier_answers_as_peft_does(qlt, here, made, kind):
     assert list(json.loads((here / "e/config.json").read_text())["id2label"].values()) == (["blue", "red"] if kind in IMAGES else ["neg", "pos"])
     assert read_manifest(here / "e").report["head"]["added"]
     verified = qlt("verify", "e", "--json")
-    assert verified.code == 0 and [check["status"] for check in verified.json["checks"][:3]] == ["ok"] * 3, verified.out
+    assert verified.code == 0, verified.out
+    assert {check["name"]: check["status"] for check in verified.json["checks"]} == dict.fromkeys(("files", "inputs", "weights", "computation"), "ok")
 
 
 def test_the_export_is_judged_beside_the_merged_checkpoint(qlt, here, made):
@@ -201,8 +201,7 @@ def test_a_head_of_the_same_size_brings_the_names_of_its_classes(qlt, here, made
 def test_an_adapter_fits_a_base_that_transformers_renames_on_loading(qlt, here, made, tmp_path):
     torch.manual_seed(0)
     hf.ViTForImageClassification(hf.ViTConfig(**{**VIT, "num_labels": 2})).save_pretrained(here / "two")
-    base, _ = made("vit for five classes")
-    (here / "two/preprocessor_config.json").write_bytes((base / "preprocessor_config.json").read_bytes())
+    write_preparation(here / "two")
     words = ["--rank", 4, "--batch", 4, "--steps", 2, "--lr", 2e-2, "--bf16", "--compute", "fp32"]
     assert qlt("train", "--base", "two", "--data", made.images, *words, "-o", "a").code == 0
     done = qlt("merge", "--base", "two", "--adapter", "a", "-o", "m")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qlora_tools import api
 from qlora_tools.checkpoint.logical import open_checkpoint
 from qlora_tools.manifest import read_manifest, sha256_file
 from tests.conftest import build_llama
@@ -121,6 +122,13 @@ def test_an_existing_output_is_kept_unless_forced(qlt, here, llama):
     assert again.code == 7 and "--force" in again.err and (here / "checkpoints/base-nf4/model.safetensors").stat().st_mtime_ns == before
     assert qlt("quantize", llama, "--force").code == 0
     assert [path.name for path in (here / "checkpoints").iterdir()] == ["base-nf4"]
+
+
+def test_int8_is_made_by_the_cpus_cores_where_there_is_a_gpu_too(here, llama, monkeypatch):
+    api.quantize(model=llama, scheme="int8", output=here / "cpu", device="cpu")
+    monkeypatch.setattr("qlora_tools.verbs.quantize.resolve_device", lambda device: "cuda")  # on which nothing can be put here
+    api.quantize(model=llama, scheme="int8", output=here / "gpu")
+    assert files(here / "gpu") == files(here / "cpu")
 
 
 def test_a_quantized_model_is_not_quantized_again(qlt, here, llama):

@@ -78,9 +78,14 @@ def build(kind: str, folder: Path, seed: int = 0) -> Path:
         save_model(folder, hf.ViTForImageClassification(hf.ViTConfig(**sizes, image_size=32, patch_size=8)))
     else:
         save_model(folder, hf.ResNetForImageClassification(hf.ResNetConfig(embedding_size=16, hidden_sizes=[32, 64], depths=[1, 1], layer_type="basic")))
+    write_preparation(folder)
+    return folder
+
+
+def write_preparation(folder: Path) -> None:
+    """What an image becomes before a model looks at it, for images of 32 by 32."""
     preparation = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     (folder / "preprocessor_config.json").write_text(json.dumps(preparation))
-    return folder
 
 
 def without_estimate_and_picture(monkeypatch) -> None:

@@ -38,7 +38,7 @@ from qlora_tools.quant.codec import Codec
 from qlora_tools.quant.int8 import Int8
 from qlora_tools.quant.nf4 import NF4
 from qlora_tools.verbs.quantize import quantize
-from tests.conftest import build_llama, save_model
+from tests.conftest import build_llama, save_model, with_config
 
 IDS = torch.tensor([[1, 7, 2, 60, 5], [3, 3, 9, 11, 30]])
 PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
@@ -356,13 +356,6 @@ def test_old_names_with_weights_missing_are_refused(tmp_path: Path) -> None:
 
 
 # --- configs that describe no model -------------------------------------------------------------------------------------------
-
-
-def with_config(folder: Path, target: Path, **changes: Any) -> Path:
-    shutil.copytree(folder, target)
-    config = json.loads((folder / "config.json").read_text())
-    (target / "config.json").write_text(json.dumps({**config, **changes}))
-    return target
 
 
 @pytest.mark.parametrize(

@@ -33,5 +33,5 @@ def test_a_tokenizer_json_that_the_library_does_not_know_is_corrupt(folder, mode
 @pytest.mark.parametrize("content", ["[]", "3", '{"added_tokens_decoder": 3}', '{"tokenizer_class": 3}'])
 def test_settings_of_another_kind_are_a_user_s_error(folder, content):
     (folder / "tokenizer_config.json").write_text(content)
-    with pytest.raises((CorruptError, MissingError), match="tokenizer"):
+    with pytest.raises(MissingError, match="holds no tokenizer that transformers can load"):
         open_tokenizer(folder)

@@ -10,9 +10,9 @@ import pytest
 from qlora_tools.bench.plain import to_plain
 from qlora_tools.quality.corpus import Window
 from qlora_tools.quality.divergence import divergence
-from qlora_tools.quality.outputs import InputSums, outputs_record
 from qlora_tools.quality.probe import quality_record
 from qlora_tools.quality.ranking import comparisons
+from tests.quality.looked_records import looked
 
 WINDOWS = [Window(np.arange(9, dtype=np.int64) % 7, 1) for _ in range(8)]
 
@@ -23,13 +23,6 @@ def judged(noise, *, forbids=False):
     mine = right + noise * np.random.default_rng(2).normal(size=right.shape)
     mine[3, 4] = -np.inf if forbids else mine[3, 4]
     return quality_record(divergence(lambda ids: right, lambda ids: mine, WINDOWS), corpus={"name": "t", "sha256": "0"}, method={"name": "m"})
-
-
-def looked(error):
-    """A record of a model that chooses no classes."""
-    none = (0,) * 12
-    sums = InputSums((0.9,) * 12, (error,) * 12, none, (0.0,) * 12, none, none, none, none)
-    return outputs_record(sums, ("out",), {"corpus": {"name": "drawn"}, "method": {"name": "seeds"}})
 
 
 @pytest.mark.parametrize("stored", [lambda record: record, to_plain], ids=["measured", "stored"])

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from qlora_tools.checkpoint.logical import open_checkpoint
-from qlora_tools.errors import NonFiniteError, UsageError
+from qlora_tools.errors import UsageError
 from qlora_tools.live.base import load_base
 from qlora_tools.quant.nf4 import NF4
 from qlora_tools.training import events
@@ -105,12 +105,9 @@ def test_a_run_ends_no_worse_than_it_began_and_measures_what_it_hands_back(llama
 
 
 def test_a_run_that_finds_nothing_better_gives_its_start_back(llama, tuned):
-    run = make_run(llama, tuned, replace(CONFIG, lr=30.0, schedule="constant", clip=0.0, warmup=0.0))
+    run = make_run(llama, tuned, replace(CONFIG, lr=3.0, schedule="constant", clip=0.0, warmup=0.0))
     before = {name: value.clone() for name, value in run.masters.values.items()}
-    try:
-        made = distill(run)
-    except NonFiniteError:
-        pytest.skip("the divergence overflowed before the end")
+    made = distill(run)
     assert made.kept_start
     assert made.end_kl == made.start_kl
     assert made.best_step == 0

@@ -179,13 +179,18 @@ def _tokens(found: Any) -> frozenset[int]:
     return frozenset(value for value in (found if isinstance(found, list) else [found]) if isinstance(value, int))
 
 
+def as_text(value: Any) -> str:
+    """As onnxruntime takes options: booleans as 1 and 0."""
+    return str(int(value)) if isinstance(value, bool) else str(value)
+
+
 def _text(value: Any, name: str, path: Path) -> str:
-    """As onnxruntime takes options: booleans as 1 and 0.
+    """:func:`as_text` of a value that may be one.
 
     Raises:
         CorruptError: longer than any option is, half of a character, or no single value.
     """
-    text = str(int(value)) if isinstance(value, bool) else str(value)
+    text = as_text(value)
     if not isinstance(value, str | int | float) or len(text) > _LONGEST_VALUE or not text.isprintable():
         raise CorruptError(f"{path}: `{name}` is {text[:40]!r}, expected a word or a number of at most {_LONGEST_VALUE} characters", hint="export again")
     return text

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from qlora_tools.errors import MissingError, UnsupportedError, UsageError
 from qlora_tools.export.placement import assigned
 from qlora_tools.export.runtime.description import describe, read_beside
-from qlora_tools.export.runtime.loading import is_runtime_error, load, named_failure, weights_bytes
+from qlora_tools.export.runtime.loading import is_runtime_error, load, named_failure
+from qlora_tools.export.runtime.stored import initializer_bytes
 from qlora_tools.export.runtime.values import filled, kind_of, narrowed, read, widened
 from qlora_tools.models.feeds import KNOWN, draw_feed, reads_text
 
@@ -101,7 +102,7 @@ class ForwardSession:
             "runtime": f"onnxruntime {ort.__version__}",
             "device": self._device,
             "provider": self._session.get_providers()[0],
-            "weights_bytes": weights_bytes(self._path),
+            "weights_bytes": initializer_bytes(self._path),
             "threads": self._threads,
             "memory": self._loaded.memory,
             "nodes": nodes,

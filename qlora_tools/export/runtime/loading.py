@@ -23,7 +23,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as bindings
 
 from qlora_tools.errors import CorruptError, MissingError, OutOfMemory, UsageError
 from qlora_tools.export.placement import RECORD
-from qlora_tools.export.runtime.description import Description
+from qlora_tools.export.runtime.description import Description, as_text
 from qlora_tools.export.runtime.stored import initializer_bytes
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -151,22 +151,13 @@ def open_one_operator(*, device: str, memory: str = "lean") -> Any:
     return session
 
 
-def weights_bytes(path: Path) -> int:
-    """Of the graph at ``path``, beside it or in it, without the room between tensors.
-
-    Raises:
-        CorruptError: not a graph.
-    """
-    return initializer_bytes(path)
-
-
 def _check_limit(path: Path, limit_bytes: int | None) -> None:
     """An arena whose weights exceed its limit has none: ONNX Runtime 1.31 takes the difference without a sign.
 
     Raises:
         OutOfMemory: the weights alone are more than the limit. CorruptError: not a graph.
     """
-    if limit_bytes is not None and (found := weights_bytes(path)) > limit_bytes:
+    if limit_bytes is not None and (found := initializer_bytes(path)) > limit_bytes:
         raise OutOfMemory(f"{path} holds {found} bytes of weights, more than the limit of {limit_bytes}", hint="raise memory_limit")
 
 
@@ -236,7 +227,7 @@ def _session_options(threads: int, device: str, description: Description) -> Any
                 raise CorruptError(f"{name} is {value!r} in genai_config.json, expected one of {', '.join(_LEVELS)}", hint="export again")
             options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, value)
         else:
-            _add_entry(options, name, str(int(value)) if isinstance(value, bool) else str(value))
+            _add_entry(options, name, as_text(value))
     return options
 
 

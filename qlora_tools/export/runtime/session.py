@@ -26,8 +26,9 @@ from qlora_tools.export.placement import Placed, assigned
 from qlora_tools.export.runtime.adapters import Adapter, adapters_beside, factor_inputs, find_adapter, read_adapter
 from qlora_tools.export.runtime.cache import Cache, GrowingCache, SharedCache, Slot
 from qlora_tools.export.runtime.description import Description, describe
-from qlora_tools.export.runtime.loading import is_runtime_error, load, named_failure, weights_bytes
+from qlora_tools.export.runtime.loading import is_runtime_error, load, named_failure
 from qlora_tools.export.runtime.sampling import GREEDY, Sampler, Sampling
+from qlora_tools.export.runtime.stored import initializer_bytes
 from qlora_tools.export.runtime.values import INTEGERS, empty, filled, kind_of, on_host, read, vector, widened
 
 _KEEP = "num_logits_to_keep"
@@ -198,7 +199,7 @@ class DecoderSession:
             "device": self._device,
             "provider": self._session.get_providers()[0],
             "vocab_size": self._vocab,
-            "weights_bytes": weights_bytes(self._path),
+            "weights_bytes": initializer_bytes(self._path),
             "threads": self._threads,
             "max_length": self._max_length,
             "nodes": dict(Counter(node.provider for node in self.nodes())) or None,

@@ -131,7 +131,6 @@ def test_the_log_of_this_onnxruntime_agrees_with_its_profile(tmp_path):
     weights = 2 * 256 * 1024 * 4
     assert arena["reserved_bytes"] == weights and arena["strategy"] == "kNextPowerOfTwo"
     assert arena["peak_bytes"] > weights + 2000 * 1024 * 4
-    if not said["held"]:
-        pytest.skip("this onnxruntime's profile has no memory")
+    assert said["held"], "without memory in the profile nothing is compared"
     assert arena["peak_bytes"] == max(said["held"])
     assert done.stderr == ""

@@ -58,10 +58,10 @@ def test_a_tensor_of_known_size_is_seen_by_the_meter_and_by_torch():
     assert found["arena"]["source"] == "torch" and 256 * MIB <= found["arena"]["peak_bytes"] <= 300 * MIB
 
 
+@pytest.mark.skipif(os.path.realpath("/proc/self/ns/pid").partition("pid:")[2] != "[4026531836]", reason="the driver knows our process by another number")
 def test_bracket_and_process_agree_where_both_are_known():
     found = process("torch")
-    if found["during"]["process_bytes"] is None:
-        pytest.skip("the driver does not show our process")
+    assert found["during"]["process_bytes"]
     hidden = {**found, "during": {**found["during"], "process_bytes": None}}
     assert abs(figure(hidden).bytes - figure(found).bytes) <= max(0.05 * figure(found).bytes, 16 * MIB)
 

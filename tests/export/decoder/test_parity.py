@@ -1,12 +1,11 @@
 """The parity check: passes on what is right, and finds what is wrong."""
 
-import tempfile
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from qlora_tools.errors import CheckFailed, StorageError
+from qlora_tools.errors import CheckFailed
 from qlora_tools.export.decoder import parity
 from qlora_tools.export.decoder.parity import check_parity, relative_error
 from qlora_tools.export.external import place
@@ -82,14 +81,3 @@ def test_what_lies_in_the_folder_under_any_name_is_left_alone(tmp_path):
     assert elsewhere.read_text() == "the user's" and (folder / "parity.onnx").is_symlink()
     assert (folder / "parity.onnx_adapter").read_text() == "the user's, too"
     assert sorted(path.name for path in folder.iterdir()) == before
-
-
-def test_a_folder_that_takes_no_file_is_named(tmp_path, monkeypatch):
-    def refuse(**_):
-        raise PermissionError(13, "Permission denied")
-
-    tiny = build("llama")
-    planned = export(tiny, tmp_path)
-    monkeypatch.setattr(tempfile, "mkstemp", refuse)
-    with pytest.raises(StorageError, match="takes no new file"):
-        check_parity(planned, tiny.source, tiny.config, tmp_path)

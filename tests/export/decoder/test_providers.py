@@ -19,6 +19,7 @@ from qlora_tools.export.decoder.graph import DATA_FILE
 from qlora_tools.export.decoder.parity import check_parity
 from qlora_tools.export.external import place, read_stored
 from qlora_tools.export.runtime import DecoderSession
+from qlora_tools.export.runtime.description import describe
 from qlora_tools.export.schemes import scheme_of, target_for
 from qlora_tools.export.target import Target
 from tests.export.decoder.test_export import MODELS as FAMILIES
@@ -191,6 +192,8 @@ def test_what_switches_the_fast_kernels_on_lies_beside_the_graph(tmp_path):
         folder.mkdir()
         export(build("llama", num_hidden_layers=1), folder, scheme, target)
         content = json.loads((folder / "genai_config.json").read_text())
+        taken = describe(folder)  # refuses what it does not take
+        assert taken.session_options.keys() == content["model"]["decoder"]["session_options"].keys() - {"log_id", "provider_options"}
         return content["model"]["decoder"]["session_options"], content["search"]["past_present_share_buffer"]
 
     options, shared = written("int4", F16)
@@ -200,6 +203,7 @@ def test_what_switches_the_fast_kernels_on_lies_beside_the_graph(tmp_path):
     assert "ep.cuda.fpa_intb_gemm" not in written("fp16", F16)[0]
     assert written("nf4", F16)[0]["provider_options"][0]["cuda"]["enable_cuda_graph"] == "0", "MatMulBnb4 is not to be replayed"
     assert written("int4", Target()) == ({"log_id": "onnxruntime-genai", "provider_options": []}, True)
+    assert written("int8", F16)[0]["session.use_device_allocator_for_initializers"] == "1"
     assert written("int8", PLAIN)[1] is False
 
 
